@@ -1,0 +1,1 @@
+//! Devices: registers, guest memory and interrupts-as-traits.

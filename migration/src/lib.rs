@@ -1,0 +1,1 @@
+//! The migration engine of uvmm: pages, phases and the wire.

@@ -1,0 +1,1 @@
+//! uvmm: a KVM micro-VMM whose one great skill is live migration.

@@ -1,0 +1,2 @@
+//! `uvmm`, the command.
+fn main() {}
