@@ -1,0 +1,19 @@
+//! Guest memory as pages: which ones changed, and moving them.
+
+mod bitmap;
+mod dirty;
+
+pub use bitmap::{PageBitmap, Run};
+pub use dirty::{DirtyError, DirtySet, DirtySource, OwnWrites};
+use vm_memory::GuestMemoryMmap;
+use vm_memory::bitmap::AtomicBitmap;
+
+/// Size in bytes of the pages that the engine counts in, whatever backs them.
+pub const PAGE: u64 = 4096;
+
+/// The memory of a guest, in regions of whole pages.
+///
+/// Its bitmap remembers what this process itself wrote through `vm-memory`: the source reads it as
+/// one more dirty source ([`OwnWrites`]), the destination knows from it which pages are still the
+/// zeros they were allocated as. Whoever writes through raw pointers marks the bitmap itself.
+pub type Ram = GuestMemoryMmap<AtomicBitmap>;
