@@ -415,16 +415,27 @@ mod tests {
     }
 
     #[test]
-    fn a_state_with_too_much_input_is_refused() {
-        let mut state = SerialV1::from(SerialState::default());
-        state.input = vec![0; FIFO_SIZE + 1];
-        state.line_status |= DATA_READY;
-        let mut out = StateWriter::new();
-        out.at("test").put(&state).unwrap();
+    fn a_state_that_cannot_be_is_refused() {
+        let broken: [fn(&mut SerialV1); 5] = [
+            |state| {
+                state.input = vec![0; FIFO_SIZE + 1];
+                state.line_status |= DATA_READY;
+            },
+            |state| state.line_status |= DATA_READY,
+            |state| state.input.push(0),
+            |state| state.interrupt_enable = 0x10,
+            |state| state.modem_status = 0,
+        ];
         let desk = desk();
         let before = saved(&desk.serial);
-        load(&desk.serial, out.bytes()).unwrap_err();
-        assert_eq!(saved(&desk.serial), before);
+        for (number, breaks) in broken.iter().enumerate() {
+            let mut state = SerialV1::from(SerialState::default());
+            breaks(&mut state);
+            let mut out = StateWriter::new();
+            out.at("test").put(&state).unwrap();
+            assert!(load(&desk.serial, out.bytes()).is_err(), "state {number}");
+            assert_eq!(saved(&desk.serial), before);
+        }
     }
 
     proptest! {

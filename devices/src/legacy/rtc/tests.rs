@@ -89,6 +89,7 @@ fn a_clock_that_is_being_set_stands_still() {
     shelf.pass(Duration::from_secs(100));
     assert_eq!(shelf.time(), before);
     assert_eq!(shelf.read(A) & UIP, 0);
+    assert_eq!(shelf.read(C), 0, "no update ended");
 }
 
 #[test]
@@ -206,6 +207,18 @@ fn an_alarm_that_passed_while_the_guest_moved_is_not_lost() {
     assert_eq!(to.rtc.poll(), None);
     assert!(to.wire.level());
     assert_eq!(to.time()[..3], [0x07, 0x00, 0x12]);
+}
+
+#[test]
+fn an_interrupt_that_nobody_acknowledged_moves_with_the_guest() {
+    let [from, to] = [shelf(), shelf()];
+    from.write(B, HOURS_24 | UIE);
+    from.pass(Duration::from_secs(1));
+    from.rtc.poll();
+    assert_round_trip(&from.rtc, &to.rtc);
+    assert!(to.wire.level());
+    assert_eq!(to.read(C), IRQF | UF);
+    assert!(!to.wire.level());
 }
 
 #[test]
