@@ -1,1 +1,10 @@
 //! The lab, and the tests that drive uvmm from outside.
+pub mod artefacts;
+pub mod cache;
+pub mod cpio;
+pub mod error;
+pub mod host;
+pub mod initramfs;
+pub mod install;
+pub mod kernel;
+pub mod program;
