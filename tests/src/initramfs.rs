@@ -1,17 +1,17 @@
 //! The initial RAM file systems of the lab host and of its guests.
-use std::env;
+use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::cpio::Archive;
-use crate::error::{Context, Result, reading, writing};
+use crate::error::{Context, Error, Result, reading, writing};
 use crate::kernel::Kernel;
 use crate::{cache, install, program};
 
-/// What the lab host needs before it sees the root of this machine.
-const HOST_MODULES: [&str; 4] = ["9pnet_virtio", "9p", "overlay", "virtio_console"];
+/// What the lab host needs, much of it before it sees the root of this machine.
+const HOST_MODULES: [&str; 8] =
+    ["9pnet_virtio", "9p", "overlay", "virtio_console", "igb", "vfio_pci", "kvm_amd", "kvm_intel"];
 /// Drivers that a guest may be asked to load, in `/modules`.
 const GUEST_MODULES: [&str; 5] =
     ["igbvf", "virtio_pci", "virtio_net", "virtio_blk", "virtio_console"];
@@ -42,10 +42,25 @@ pub fn host(kernel: &Kernel) -> Result<PathBuf> {
     let modules = modules(kernel, &HOST_MODULES)?;
     let order = modules.iter().map(|(path, _)| format!("/{path}\n")).collect::<String>();
     files.push(("modules/order".into(), order.into()));
-    let agent = env::current_exe().context(|| "cannot tell where this program is".into())?;
-    files.push(("agent-path".into(), agent.into_os_string().into_vec()));
+    // busybox has an `ip` too, but it knows nothing of virtual functions.
+    let ip = program::find("ip")
+        .ok_or_else(|| Error::Unsupported("iproute2 is not installed".into()))?;
+    files.push(("full-ip".into(), fs::read(&ip).context(|| reading(&ip))?));
+    files.extend(libraries(&ip)?);
     files.extend(modules);
     build("host", files)
+}
+
+/// The shared libraries that `program` needs, at the paths where it looks for them.
+fn libraries(program: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+    let listing = program::run(Command::new("ldd").arg(program))?;
+    let paths = listing.split_whitespace().filter(|word| word.starts_with('/'));
+    paths
+        .map(|path| {
+            let content = fs::read(path).context(|| reading(Path::new(path)))?;
+            Ok((path.trim_start_matches('/').to_owned(), content))
+        })
+        .collect()
 }
 
 fn modules(kernel: &Kernel, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
@@ -61,8 +76,8 @@ fn build(name: &str, mut files: Vec<(String, Vec<u8>)>) -> Result<PathBuf> {
     let path = cache::dir()?.join(format!("{name}.cpio"));
     let archive = || -> std::io::Result<Vec<u8>> {
         let mut archive = Archive::new(Vec::new());
-        for dir in ["bin", "dev", "modules", "proc", "root", "run", "sys", "tmp"] {
-            archive.directory(dir)?;
+        for dir in directories(&files) {
+            archive.directory(&dir)?;
         }
         archive.device("dev/console", (5, 1))?;
         archive.link("bin/sh", "busybox")?;
@@ -78,6 +93,15 @@ fn build(name: &str, mut files: Vec<(String, Vec<u8>)>) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The directories that mount points and `files` lie in, parents first.
+fn directories(files: &[(String, Vec<u8>)]) -> BTreeSet<String> {
+    let points = ["bin", "dev", "proc", "root", "run", "sys", "tmp"];
+    let parents = files.iter().flat_map(|(path, _)| Path::new(path).ancestors().skip(1));
+    let parents =
+        parents.filter(|path| *path != Path::new("")).map(|path| path.display().to_string());
+    points.into_iter().map(str::to_owned).chain(parents).collect()
+}
+
 fn busybox() -> Result<PathBuf> {
     let dir = cache::dir()?.join("busybox");
     let path = ["bin/busybox", "usr/bin/busybox"].map(|path| dir.join(path));
@@ -89,7 +113,7 @@ fn busybox() -> Result<PathBuf> {
     );
     install::unpack("busybox-static", &dir)?;
     let found = path.into_iter().find(|path| path.exists());
-    found.ok_or_else(|| crate::error::Error::Unsupported("busybox-static holds no busybox".into()))
+    found.ok_or_else(|| Error::Unsupported("busybox-static holds no busybox".into()))
 }
 
 /// Builds the workload of the guest as one static file, which needs nothing else in the guest.

@@ -2,6 +2,7 @@
 //!
 //! One thread waits for everything at once. What a command writes is taken from it only when the
 //! lab has taken what came before, so that a slow reader slows the command down and nothing else.
+use std::env;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -21,7 +22,8 @@ use crate::error::{Context, Error, Result, reading};
 
 /// The name of the virtio port between the lab and the agent.
 pub const PORT: &str = "uvmm.lab";
-const SETUP: &str = include_str!("setup.sh");
+/// Variables that the first program of the lab host exports.
+const ENVIRONMENT: [&str; 5] = ["PF0", "PF1", "VF0", "VF1", "PEER_IP"];
 /// The most that is read from a command after its end: as much as a pipe can hold.
 const LAST_WORDS: usize = 1 << 20;
 
@@ -40,20 +42,16 @@ pub fn serve() -> Result<()> {
         .context(|| format!("cannot open {}", path.display()))?;
     let mut line = Line { port, received: Vec::new(), unsent: Vec::new() };
     let lost = || "the lab went away".to_owned();
-    match set_up() {
-        Ok(environment) => line.push(&Frame::Ready(environment)),
-        Err(error) => line.push(&Frame::Refused(error.to_string())),
-    }
+    line.push(&Frame::Ready(environment()));
     loop {
-        match line.wait().context(lost)? {
-            Frame::Start(start) => match spawn(&start) {
+        // Anything else was on its way when the last command ended.
+        if let Frame::Start(start) = line.wait().context(lost)? {
+            match spawn(&start) {
                 Ok((child, streams)) => {
-                    Session::new(child, streams).run(&mut line).context(lost)?
+                    Session::new(child, streams).run(&mut line).context(lost)?;
                 }
                 Err(why) => line.push(&Frame::Refused(why.to_string())),
-            },
-            // What was on its way when the last command ended.
-            _ => {}
+            }
         }
     }
 }
@@ -71,32 +69,13 @@ fn port() -> Result<PathBuf> {
         .ok_or_else(|| Error::Host(format!("no virtio port is named {PORT}")))
 }
 
-/// Runs the setup script, which prints the environment of commands.
-fn set_up() -> Result<Vec<(Bytes, Bytes)>> {
-    let parameters =
-        fs::read_to_string("/proc/cmdline").context(|| reading(Path::new("/proc/cmdline")))?;
-    let parameter = |name: &str| {
-        parameters.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
-    };
-    let (root, version) = (parameter("lab.modules"), parameter("lab.kernel"));
-    let (Some(root), Some(version)) = (root, version) else {
-        return Err(Error::Host(
-            "the kernel's command line lacks lab.modules or lab.kernel".into(),
-        ));
-    };
-    let output = crate::program::run(std::process::Command::new("/bin/sh").args([
-        "-c",
-        SETUP,
-        "lab-setup",
-        root,
-        version,
-    ]))?;
-    let variable = |text: &str| Bytes::from(OsString::from(text));
-    Ok(output
-        .lines()
-        .filter_map(|line| line.split_once('='))
-        .map(|(name, value)| (variable(name), variable(value)))
-        .collect())
+/// What the first program of the lab host found out for commands.
+fn environment() -> Vec<(Bytes, Bytes)> {
+    let known = |name: &OsString| ENVIRONMENT.iter().any(|known| name == known);
+    env::vars_os()
+        .filter(|(name, _)| known(name))
+        .map(|(name, value)| (name.into(), value.into()))
+        .collect()
 }
 
 /// The port and what is on its way through it.
@@ -273,7 +252,7 @@ fn signal(pid: Pid, number: i32) {
         _ => kill_process(pid, signal),
     };
     // A command that has just ended needs no signal.
-    drop(sent);
+    let _ = sent;
 }
 
 fn shell_status(status: ExitStatus) -> i32 {

@@ -10,11 +10,11 @@ use serde::{Deserialize, Serialize};
 /// The longest payload; a command line and its environment fit.
 const LONGEST: usize = 16 << 20;
 /// How much of a stream goes into one frame.
-pub const CHUNK: usize = 64 << 10;
+pub(crate) const CHUNK: usize = 64 << 10;
 
 /// One message. `L` marks those of the lab, `H` those of the lab host.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Frame {
+pub(crate) enum Frame {
     /// H: the lab host is ready for commands; the environment it gives them.
     Ready(Vec<(Bytes, Bytes)>),
     /// L: run this command.
@@ -41,7 +41,7 @@ pub enum Frame {
 
 /// Bytes that need not be text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Bytes(Vec<u8>);
+pub(crate) struct Bytes(Vec<u8>);
 
 impl From<OsString> for Bytes {
     fn from(string: OsString) -> Self {
@@ -57,21 +57,21 @@ impl From<&Bytes> for OsString {
 
 /// A command to run in the lab host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Start {
+pub(crate) struct Start {
     /// The program and its arguments.
-    pub command: Vec<Bytes>,
+    pub(crate) command: Vec<Bytes>,
     /// Variables to add to what the lab host sets itself.
-    pub environment: Vec<(Bytes, Bytes)>,
+    pub(crate) environment: Vec<(Bytes, Bytes)>,
     /// The working directory.
-    pub directory: Bytes,
+    pub(crate) directory: Bytes,
     /// Rows and columns, if the command shall have a terminal.
-    pub terminal: Option<(u16, u16)>,
+    pub(crate) terminal: Option<(u16, u16)>,
 }
 
 impl Frame {
     /// The frame as it is sent.
     #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let json = |value: serde_json::Result<Vec<u8>>| value.expect("plain data serializes");
         let (kind, payload) = match self {
             Self::Ready(environment) => (0, json(serde_json::to_vec(environment))),
@@ -100,7 +100,7 @@ impl Frame {
     ///
     /// # Errors
     /// If what is there is no frame.
-    pub fn take(bytes: &mut Vec<u8>) -> io::Result<Option<Self>> {
+    pub(crate) fn take(bytes: &mut Vec<u8>) -> io::Result<Option<Self>> {
         let Some((header, rest)) = bytes.split_first_chunk::<5>() else { return Ok(None) };
         let (kind, length) = parse_header(*header)?;
         let Some(payload) = rest.get(..length) else { return Ok(None) };
@@ -113,7 +113,7 @@ impl Frame {
     ///
     /// # Errors
     /// If the stream ends or what comes is no frame.
-    pub fn receive(stream: &mut impl Read) -> io::Result<Self> {
+    pub(crate) fn receive(stream: &mut impl Read) -> io::Result<Self> {
         let mut header = [0; 5];
         stream.read_exact(&mut header)?;
         let (kind, length) = parse_header(header)?;
@@ -126,7 +126,7 @@ impl Frame {
     ///
     /// # Errors
     /// As the stream reports them.
-    pub fn send(&self, stream: &mut impl Write) -> io::Result<()> {
+    pub(crate) fn send(&self, stream: &mut impl Write) -> io::Result<()> {
         stream.write_all(&self.encode())
     }
 

@@ -1,6 +1,8 @@
 //! The lab host: an emulated machine with KVM, an IOMMU and SR-IOV NICs, on any machine.
 pub mod agent;
+mod booting;
 mod frame;
+mod kept;
 mod machine;
 mod passthrough;
 mod spawn;
@@ -10,24 +12,19 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
 use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Child;
-use std::time::{Duration, Instant};
+use std::time::SystemTime;
 
 pub use machine::Nesting;
 
+use self::booting::Booting;
 pub(crate) use self::frame::Bytes;
 use self::frame::{Frame, Start};
 use crate::artefacts::Artefacts;
 use crate::error::{Context, Error, Result};
 use crate::{cache, program};
-
-/// How long the lab host may take to be ready. An emulated one takes about five seconds, on a busy
-/// machine several times that.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
-/// When to begin to tell the user that it takes long.
-const PATIENCE: Duration = Duration::from_secs(15);
 
 /// A running lab host. It ends when this is dropped.
 #[derive(Debug)]
@@ -58,22 +55,40 @@ impl Lab {
     /// # Errors
     /// If it does not start, ends, or is not ready in time; with the last lines of its console.
     pub fn boot(artefacts: &Artefacts) -> Result<Self> {
-        let cache = cache::dir()?;
-        let console = cache.join(format!("console-{}.log", std::process::id()));
+        let kept = kept::Kept::get(artefacts)?;
         let scratch =
             tempfile::tempdir().context(|| "cannot create a temporary directory".into())?;
+        let console = cache::dir()?.join(format!("console-{}.log", std::process::id()));
         let socket = scratch.path().join("agent");
-        let listener = UnixListener::bind(&socket)
-            .context(|| format!("cannot listen on {}", socket.display()))?;
-        let machine = machine::start(artefacts, &socket, &console)?;
-        let mut booting =
-            Booting { machine: Some(machine), console: console.clone(), since: Instant::now() };
-        let stream = booting.connection(&listener)?;
-        let environment = booting.ready(&stream)?;
-        stream.set_read_timeout(None).context(|| "cannot configure a socket".into())?;
-        let machine = booting.machine.take().expect("it is taken here only");
+        let machine = machine::Machine {
+            artefacts,
+            socket: &socket,
+            console: &console,
+            memory: &kept.memory,
+        };
+        let mut booting = Booting::new(&machine, || machine.resume(&kept.state))?;
+        let mut stream = booting.connection()?;
+        let agent = env::current_exe().context(|| "cannot tell where this program is".into())?;
+        let since_1970 =
+            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let modules = artefacts.kernel.root.join("lib/modules");
+        let hello =
+            format!("{}\n{}\n{}\n", since_1970.as_secs(), modules.display(), agent.display());
+        stream.write_all(hello.as_bytes()).context(|| "cannot reach the lab host".into())?;
+        let environment = booting.first(&stream, |received| match Frame::take(received) {
+            Ok(None) => Ok(None),
+            Ok(Some(Frame::Ready(environment))) => Ok(Some(environment)),
+            Ok(Some(_)) | Err(_) => Err(String::from_utf8_lossy(received).into_owned()),
+        })?;
         let environment = [artefacts.environment(), environment].concat();
-        Ok(Self { machine, stream, console, environment, died: false, _scratch: scratch })
+        Ok(Self {
+            machine: booting.up(),
+            stream,
+            console,
+            environment,
+            died: false,
+            _scratch: scratch,
+        })
     }
 
     /// Where the lab host's console is kept.
@@ -145,7 +160,7 @@ impl Lab {
                 Ok(Frame::Exit(status)) => return Ok(status),
                 Ok(Frame::Refused(why)) => return Err(Error::Host(why)),
                 Ok(frame) => {
-                    on(&frame).context(|| "cannot pass on the output of a command".into())?
+                    on(&frame).context(|| "cannot pass on the output of a command".into())?;
                 }
                 Err(_) => return Err(self.died()),
             }
@@ -164,85 +179,6 @@ impl Drop for Lab {
         end(&mut self.machine);
         if !self.died {
             drop(fs::remove_file(&self.console));
-        }
-    }
-}
-
-/// A lab host on its way up; dropped before it is up, it ends.
-struct Booting {
-    machine: Option<Child>,
-    console: PathBuf,
-    since: Instant,
-}
-
-impl Booting {
-    fn connection(&mut self, listener: &UnixListener) -> Result<UnixStream> {
-        listener.set_nonblocking(true).context(|| "cannot configure a socket".into())?;
-        loop {
-            match listener.accept() {
-                Ok((stream, _)) => {
-                    stream.set_nonblocking(false).context(|| "cannot configure a socket".into())?;
-                    return Ok(stream);
-                }
-                Err(_) => self.still_alive()?,
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    /// Waits for the first frame.
-    fn ready(&mut self, mut stream: &UnixStream) -> Result<Vec<(Bytes, Bytes)>> {
-        let mut received = Vec::new();
-        let mut told = self.since;
-        stream
-            .set_read_timeout(Some(Duration::from_secs(1)))
-            .context(|| "cannot configure a socket".into())?;
-        loop {
-            let mut chunk = [0; 4096];
-            match io::Read::read(&mut stream, &mut chunk) {
-                Ok(count) => received.extend_from_slice(&chunk[..count]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error).context(|| "cannot hear the lab host".into()),
-            }
-            match Frame::take(&mut received) {
-                Ok(None) => self.still_alive()?,
-                Ok(Some(Frame::Ready(environment))) => return Ok(environment),
-                Ok(Some(Frame::Refused(why))) => {
-                    return Err(Error::Host(format!("the lab host could not be set up: {why}")));
-                }
-                Ok(Some(_)) | Err(_) => {
-                    return Err(Error::Host("the lab host says what makes no sense".into()));
-                }
-            }
-            if told.elapsed() > PATIENCE {
-                told = Instant::now();
-                let waited = self.since.elapsed().as_secs();
-                eprintln!("lab: still waiting for the lab host to boot ({waited} s)");
-            }
-        }
-    }
-
-    fn still_alive(&mut self) -> Result<()> {
-        let machine = self.machine.as_mut().expect("it is taken at the end only");
-        if let Ok(Some(status)) = machine.try_wait() {
-            let words = last_words(&self.console);
-            return Err(Error::Host(format!("the lab host did not start ({status}); {words}")));
-        }
-        if self.since.elapsed() > BOOT_TIMEOUT {
-            let limit = BOOT_TIMEOUT.as_secs();
-            let words = last_words(&self.console);
-            return Err(Error::Timeout(format!(
-                "the lab host was not ready after {limit} s; {words}"
-            )));
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Booting {
-    fn drop(&mut self) {
-        if let Some(machine) = &mut self.machine {
-            end(machine);
         }
     }
 }

@@ -125,6 +125,6 @@ impl Raw {
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        drop(tcsetattr(io::stdin(), OptionalActions::Now, &self.0));
+        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &self.0);
     }
 }

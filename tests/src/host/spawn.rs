@@ -14,23 +14,23 @@ use super::frame::Start;
 
 /// This side of a command's streams. None of them blocks.
 #[derive(Debug)]
-pub struct Streams {
+pub(crate) struct Streams {
     /// What the command reads.
-    pub input: Option<File>,
+    pub(crate) input: Option<File>,
     /// What the command writes on stdout, or on its terminal.
-    pub output: Option<File>,
+    pub(crate) output: Option<File>,
     /// What the command writes on stderr, if it has no terminal.
-    pub errors: Option<File>,
+    pub(crate) errors: Option<File>,
     terminal: Option<OwnedFd>,
 }
 
 impl Streams {
     /// Tells the command's terminal, if it has one, its new size.
-    pub fn resize(&self, rows: u16, columns: u16) {
+    pub(crate) fn resize(&self, rows: u16, columns: u16) {
         if let Some(terminal) = &self.terminal {
             let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
             // A size that cannot be set leaves the old one: nothing worth ending the command for.
-            drop(tcsetwinsize(terminal, size));
+            let _ = tcsetwinsize(terminal, size);
         }
     }
 }
@@ -39,7 +39,7 @@ impl Streams {
 ///
 /// # Errors
 /// With a line that names the command and says why it cannot be started.
-pub fn spawn(start: &Start) -> io::Result<(Child, Streams)> {
+pub(crate) fn spawn(start: &Start) -> io::Result<(Child, Streams)> {
     let mut words = start.command.iter().map(OsString::from);
     let program = words.next().ok_or_else(|| io::Error::other("no command was given"))?;
     let mut command =
