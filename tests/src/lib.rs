@@ -8,3 +8,4 @@ pub mod initramfs;
 pub mod install;
 pub mod kernel;
 pub mod program;
+pub mod tier;

@@ -50,7 +50,10 @@ pub fn serve() -> Result<()> {
                 Ok((child, streams)) => {
                     Session::new(child, streams).run(&mut line).context(lost)?;
                 }
-                Err(why) => line.push(&Frame::Refused(why.to_string())),
+                Err(why) => {
+                    let status = if why.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
+                    line.push(&Frame::Refused(status, why.to_string()));
+                }
             }
         }
     }

@@ -35,8 +35,8 @@ pub(crate) enum Frame {
     Resize(u16, u16),
     /// H: the command ended with this status; 128 and more stand for signals as in a shell.
     Exit(i32),
-    /// H: the command could not be started.
-    Refused(String),
+    /// H: the command could not be started; the status a shell would give, and why.
+    Refused(i32, String),
 }
 
 /// Bytes that need not be text.
@@ -86,7 +86,7 @@ impl Frame {
                 (8, [rows.to_le_bytes(), columns.to_le_bytes()].concat())
             }
             Self::Exit(status) => (9, status.to_le_bytes().to_vec()),
-            Self::Refused(why) => (10, why.clone().into_bytes()),
+            Self::Refused(status, why) => (10, [&status.to_le_bytes(), why.as_bytes()].concat()),
         };
         let length = u32::try_from(payload.len()).expect("payloads are far smaller than 4 GiB");
         let mut bytes = Vec::with_capacity(payload.len() + 5);
@@ -146,7 +146,14 @@ impl Frame {
                 Self::Resize(u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]))
             }
             9 => Self::Exit(number()?),
-            10 => Self::Refused(String::from_utf8_lossy(payload).into_owned()),
+            10 => {
+                let (status, why) =
+                    payload.split_first_chunk().ok_or_else(|| invalid("a refusal"))?;
+                Self::Refused(
+                    i32::from_le_bytes(*status),
+                    String::from_utf8_lossy(why).into_owned(),
+                )
+            }
             _ => return Err(invalid("a kind")),
         })
     }
@@ -188,7 +195,7 @@ mod tests {
             Frame::Signal(15),
             Frame::Resize(1, 2),
             Frame::Exit(-1),
-            Frame::Refused("no".into()),
+            Frame::Refused(127, "no".into()),
         ];
         let mut received = Vec::new();
         let mut seen = Vec::new();

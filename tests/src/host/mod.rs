@@ -158,7 +158,10 @@ impl Lab {
         loop {
             match Frame::receive(&mut stream) {
                 Ok(Frame::Exit(status)) => return Ok(status),
-                Ok(Frame::Refused(why)) => return Err(Error::Host(why)),
+                Ok(Frame::Refused(status, why)) => {
+                    eprintln!("lab: {why}");
+                    return Ok(status);
+                }
                 Ok(frame) => {
                     on(&frame).context(|| "cannot pass on the output of a command".into())?;
                 }
