@@ -9,3 +9,4 @@ pub mod install;
 pub mod kernel;
 pub mod program;
 pub mod tier;
+pub mod vm;
