@@ -55,14 +55,18 @@ impl Artefacts {
     }
 }
 
+/// Cargo, for this workspace whatever the working directory is.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    command
+}
+
 /// Builds uvmm as users run it. Cargo's own messages are shown only if it takes or fails.
 fn build_uvmm() -> Result<PathBuf> {
     let target = cache::target()?;
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../vmm/Cargo.toml");
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command
-        .args(["build", "--quiet", "--release", "--bin", "uvmm", "--manifest-path"])
-        .arg(manifest);
+    let mut command = cargo();
+    command.args(["build", "--quiet", "--release", "--package", "vmm", "--bin", "uvmm"]);
     command.arg("--target-dir").arg(&target).stdin(Stdio::null()).stdout(Stdio::null());
     let status = command.status().context(|| "cannot run cargo".into())?;
     if !status.success() {

@@ -38,15 +38,13 @@ pub struct Lab {
     _scratch: tempfile::TempDir,
 }
 
-/// What a command wrote and how it ended.
-#[derive(Debug, Default)]
-pub struct Outcome {
-    /// The exit status as a shell has it.
-    pub status: i32,
-    /// All of stdout.
-    pub stdout: Vec<u8>,
-    /// All of stderr.
-    pub stderr: Vec<u8>,
+/// Where a command writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    /// Its stdout.
+    Out,
+    /// Its stderr.
+    Err,
 }
 
 impl Lab {
@@ -116,13 +114,14 @@ impl Lab {
         &mut self,
         command: &[OsString],
         environment: &[(&str, &str)],
-        mut each: impl FnMut(&[u8]) -> io::Result<()>,
+        mut each: impl FnMut(Stream, &[u8]) -> io::Result<()>,
     ) -> Result<i32> {
         let start = self.start(command, environment, None);
         let stream = self.stream.try_clone().context(|| "cannot share a socket".into())?;
         self.converse(&start, |frame| match frame {
             Frame::WantInput => Frame::Input(Vec::new()).send(&mut &stream),
-            Frame::Stdout(bytes) | Frame::Stderr(bytes) => each(bytes),
+            Frame::Stdout(bytes) => each(Stream::Out, bytes),
+            Frame::Stderr(bytes) => each(Stream::Err, bytes),
             _ => Ok(()),
         })
     }
@@ -220,12 +219,17 @@ fn inherited() -> Vec<(Bytes, Bytes)> {
     variables
 }
 
-/// Writes what a command says to this process's stdout as it comes.
+/// Writes what a command says where it would have said it here.
 ///
 /// # Errors
-/// As stdout reports them.
-pub fn to_stdout(bytes: &[u8]) -> io::Result<()> {
-    let mut stdout = io::stdout().lock();
-    stdout.write_all(bytes)?;
-    stdout.flush()
+/// As stdout and stderr report them.
+pub fn pass_on(stream: Stream, bytes: &[u8]) -> io::Result<()> {
+    match stream {
+        Stream::Out => {
+            let mut stdout = io::stdout().lock();
+            stdout.write_all(bytes)?;
+            stdout.flush()
+        }
+        Stream::Err => io::stderr().write_all(bytes),
+    }
 }
