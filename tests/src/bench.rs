@@ -3,8 +3,9 @@ use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -144,7 +145,7 @@ fn first_line(
     since: Instant,
     name: &OsString,
 ) -> Result<Duration> {
-    let (found, wait) = std::sync::mpsc::channel();
+    let (found, wait) = mpsc::channel();
     let read = move || {
         let (mut output, mut bytes, mut chunk) = (output, Vec::new(), [0; 4096]);
         while let Ok(count @ 1..) = output.read(&mut chunk) {
@@ -158,11 +159,16 @@ fn first_line(
     };
     let reader = std::thread::Builder::new().name("console".into()).spawn(read);
     reader.context(|| "cannot start a thread".into())?;
-    wait.recv_timeout(BOOT).map_err(|_| {
-        Error::Timeout(format!(
-            "{} did not boot the guest in {BOOT:.0?}",
-            Path::new(name).display()
-        ))
+    wait.recv_timeout(BOOT).map_err(|why| {
+        let name = name.display();
+        match why {
+            RecvTimeoutError::Timeout => {
+                Error::Timeout(format!("{name} did not boot the guest in {BOOT:.0?}"))
+            }
+            RecvTimeoutError::Disconnected => {
+                Error::Guest(format!("{name} ended before the guest had booted"))
+            }
+        }
     })
 }
 

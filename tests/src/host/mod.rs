@@ -208,13 +208,12 @@ fn inherited() -> Vec<(Bytes, Bytes)> {
         ["CARGO", "RUST_RECURSION", "LD_", "XDG_", "DBUS_", "SSH_", "DISPLAY", "SUDO_"];
     let mut variables = env::vars_os()
         .filter(|(name, _)| !LOCAL.iter().any(|local| name.to_string_lossy().starts_with(local)))
-        .filter(|(name, _)| name != "HOME" && name != "USER" && name != "LOGNAME" && name != "PATH")
+        .filter(|(name, _)| name != "USER" && name != "LOGNAME" && name != "PATH")
         .map(|(name, value)| (name.into(), value.into()))
         .collect::<Vec<(Bytes, Bytes)>>();
     let mut path = env::var_os("PATH").unwrap_or_default();
     path.push(":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin");
     variables.push((OsString::from("PATH").into(), path.into()));
-    variables.push((OsString::from("HOME").into(), OsString::from("/root").into()));
     variables.push((OsString::from("USER").into(), OsString::from("root").into()));
     variables
 }

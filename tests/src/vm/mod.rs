@@ -172,7 +172,8 @@ impl Vm {
     /// If it does not say so in time.
     pub fn booted(&mut self) -> Result<()> {
         self.serial.expect("uvmm-guest: init", BOOT)?;
-        self.serial.expect("uvmm-guest: ready", BOOT).map(drop)
+        self.serial.expect("uvmm-guest: ready", BOOT)?;
+        self.serial.expect("\n", SHORT).map(drop)
     }
 
     /// Runs one line in the guest's shell; gives what it printed and its status.
