@@ -1,1 +1,3 @@
 //! uvmm: a KVM micro-VMM whose one great skill is live migration.
+
+pub mod config;
