@@ -1,3 +1,5 @@
 //! uvmm: a KVM micro-VMM whose one great skill is live migration.
 
+pub mod cause;
 pub mod config;
+pub mod control;
