@@ -2,4 +2,6 @@
 
 pub mod cause;
 pub mod config;
+pub mod console;
 pub mod control;
+pub mod signals;
