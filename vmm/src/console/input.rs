@@ -1,7 +1,7 @@
 //! What is typed, or sent by a client, on its way to the guest.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -87,7 +87,9 @@ impl Input {
             match escape.key(byte) {
                 Key::Byte(byte) => self.held.push(byte),
                 Key::Quit => (self.quit)(),
-                Key::Help => eprint!("\n{HELP}"),
+                Key::Help => {
+                    let _ = write!(io::stderr(), "\n{HELP}");
+                }
                 Key::Nothing => {}
             }
         }
