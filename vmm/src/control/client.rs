@@ -72,8 +72,8 @@ pub enum ClientError {
         /// The VM.
         name: VmName,
     },
-    /// It ended instead of answering.
-    #[error("{name} ended before it answered")]
+    /// It ended, or lost the request: what came of it is not known.
+    #[error("{name} closed the connection without an answer: it may have ended, see its log")]
     Closed {
         /// The VM.
         name: VmName,

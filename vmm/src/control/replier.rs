@@ -13,18 +13,18 @@ use super::message::Reply;
 ///
 /// No call waits for the client: one that does not read misses progress, and loses its
 /// connection when even the end does not fit into what the socket buffers. A client that is
-/// gone is not an error: whatever it asked for goes on.
+/// gone is not an error: whatever it asked for goes on. Dropping this closes the connection
+/// without an answer, which tells the client that what came of its request is not known.
 #[derive(Debug)]
 pub struct Replier {
     stream: UnixStream,
     /// Counts the conversations that are open.
     _open: Arc<()>,
-    finished: bool,
 }
 
 impl Replier {
     pub(super) fn new(stream: UnixStream, open: Arc<()>) -> Self {
-        Replier { stream, _open: open, finished: false }
+        Replier { stream, _open: open }
     }
 
     /// Tells how far it is, if the client keeps up.
@@ -38,8 +38,7 @@ impl Replier {
 
     /// Ends the conversation with what came of the request: a result, or an error as
     /// [`crate::cause::chain`] writes it.
-    pub fn finish<R: Serialize>(mut self, outcome: Result<R, String>) {
-        self.finished = true;
+    pub fn finish<R: Serialize>(self, outcome: Result<R, String>) {
         self.write(&match outcome {
             Ok(result) => Reply::<(), _>::Result(result),
             Err(error) => Reply::Error(error),
@@ -73,16 +72,6 @@ impl Replier {
         if sent != Ok(line.len()) {
             // Half a line would be taken for something else.
             let _ = shutdown(&self.stream, Shutdown::Both);
-        }
-    }
-}
-
-/// No client waits for a call that was lost.
-impl Drop for Replier {
-    fn drop(&mut self) {
-        if !self.finished {
-            let lost = "the VM ended before it could answer: see its log";
-            self.write(&Reply::<(), ()>::Error(lost.to_owned()));
         }
     }
 }
