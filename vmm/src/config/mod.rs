@@ -85,7 +85,9 @@ pub enum ConfigError {
         step: Size,
     },
     /// More memory than this host has.
-    #[error("memory {memory} is more than this host has ({ram} of RAM, {swap} of swap)")]
+    #[error(
+        "memory {memory} is more than this host has ({ram} of RAM, {swap} of swap): ask for less"
+    )]
     MemoryTooLarge {
         /// What was asked for.
         memory: Size,
