@@ -2,5 +2,14 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    vmm::cli::main(|_config| Err("this build has no machine to run a guest on".into()))
+    vmm::cli::main(|config| {
+        use vmm::cli::Ended;
+        use vmm::session::Ending;
+        Ok(match vmm::session::run(config)? {
+            Ending::Off | Ending::Quit => Ended::Off,
+            Ending::Migrated => Ended::MovedAway,
+            Ending::Died(w) => Ended::Died(w),
+            Ending::Signal(s) => Ended::Signal(s),
+        })
+    })
 }
