@@ -1,5 +1,7 @@
 //! What a migration did and what it cost.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 /// How it ended.
@@ -59,4 +61,8 @@ pub struct Report {
     pub state_bytes: u64,
     /// The assigned devices.
     pub devices: Vec<Device>,
+}
+
+pub(crate) fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -243,6 +243,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
             Message::Running(theirs) if theirs == token => {
                 self.runs_there();
                 let _unheard = peer.send(&Message::Done(token)); // it stops listening in time
+                self.account(peer);
                 Ok(Verdict::Running)
             }
             Message::Answer(verdict) if verdict != Verdict::Unknown => Ok(verdict),

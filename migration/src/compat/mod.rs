@@ -5,10 +5,13 @@
 
 mod agree;
 
-use std::fmt;
+use std::fmt::{self, Write};
 
 pub use agree::agree;
 use serde::{Deserialize, Serialize};
+
+/// The longest text of a mismatch, in characters.
+const TOLD: usize = 500;
 
 /// How the value of an item at the destination must relate to that at the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,7 +86,7 @@ pub struct Offer {
     pub config: Vec<u8>,
     /// What the machine is made of.
     pub profile: Profile,
-    /// Guest memory: start and length in bytes of each region, by address.
+    /// Guest memory: start and length in bytes of each region, by address. The engine fills it in.
     pub ram: Vec<(u64, u64)>,
 }
 
@@ -103,7 +106,10 @@ pub struct Mismatch {
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { path, wanted, found, remedy } = self;
-        write!(f, "{path}: wanted {wanted}, found {found}: {remedy}")
+        let told = format!("{path}: wanted {wanted}, found {found}: {remedy}");
+        // A peer wrote this, and a terminal may show it.
+        let plain = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
+        told.chars().take(TOLD).try_for_each(|c| f.write_char(plain(c)))
     }
 }
 

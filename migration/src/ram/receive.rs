@@ -37,3 +37,30 @@ fn slice<'a, S: Stream>(peer: &Channel<S>, ram: &'a Ram, run: Run) -> Result<Sli
         peer.garbage(format!("{} bytes at {:#x}, where no memory is", run.len, run.start.0))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::patience::Cancel;
+    use crate::ram::PAGE;
+
+    #[test]
+    fn a_page_that_became_zero_is_zeroed_and_no_other_is_touched() {
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let peer = Channel::new(stream, Duration::from_secs(1), Cancel::new()).unwrap();
+        let ram = Ram::from_ranges(&[(GuestAddress(0), 3 * PAGE_BYTES)]).unwrap();
+        ram.write_obj(u64::MAX, GuestAddress(2 * PAGE - 8)).unwrap();
+        zero(&peer, &ram, Run { start: GuestAddress(0), len: 3 * PAGE }).unwrap();
+        let mut all = [1; 3 * PAGE_BYTES];
+        ram.read_slice(&mut all, GuestAddress(0)).unwrap();
+        assert!(all == [0; 3 * PAGE_BYTES]);
+        let memory = ram.get_slice(GuestAddress(0), 3 * PAGE_BYTES).unwrap();
+        let written = [0, 1, 2].map(|page| memory.bitmap().dirty_at(page * PAGE_BYTES));
+        assert_eq!(written, [false, true, false]);
+    }
+}

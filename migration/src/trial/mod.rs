@@ -5,3 +5,4 @@ mod faults;
 mod journeys;
 mod network;
 mod peers;
+mod visitors;

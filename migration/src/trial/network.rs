@@ -175,6 +175,13 @@ impl Network {
         (Self { door, first, later, connections: 0, passed }, Door(arrivals))
     }
 
+    /// A connection that nobody counts.
+    pub(super) fn visit(&self) -> UnixStream {
+        let (stream, other) = UnixStream::pair().unwrap();
+        self.door.send(other).unwrap();
+        stream
+    }
+
     pub(super) fn connect(&mut self) -> io::Result<Line> {
         let limits = if self.connections == 0 { self.first } else { self.later };
         self.connections += 1;

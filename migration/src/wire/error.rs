@@ -39,7 +39,7 @@ pub enum PeerError {
     },
     /// Nothing moves.
     #[error(
-        "the peer at {peer} did not move for {} s {during}: see whether it lives, and the network",
+        "the peer at {peer} did not move for {:.1} s {during}: see whether it lives, and the network",
         after.as_secs_f32()
     )]
     Stalled {

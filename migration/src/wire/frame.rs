@@ -10,7 +10,7 @@ use crate::ram::{PAGE, Run};
 use crate::state::STATE_LIMIT;
 
 /// Size in bytes of a header.
-pub(super) const HEADER: usize = 16;
+pub(crate) const HEADER: usize = 16;
 /// The largest payload of a frame of memory, in bytes.
 pub const FRAME_LIMIT: u64 = 1 << 20;
 /// The largest encoded message, in bytes.
@@ -50,7 +50,7 @@ pub enum Frame {
 }
 
 impl Frame {
-    pub(super) fn encode(self) -> [u8; HEADER] {
+    pub(crate) fn encode(self) -> [u8; HEADER] {
         let (kind, flags, len, gpa) = match self {
             Self::Message { len } => (MESSAGE, 0, len as u64, 0),
             Self::Ram { run, checked } => {
