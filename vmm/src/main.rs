@@ -1,2 +1,15 @@
 //! `uvmm`, the command.
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vmm::cli::main(|config| {
+        use vmm::cli::Ended;
+        use vmm::session::Ending;
+        Ok(match vmm::session::run(config)? {
+            Ending::Off | Ending::Quit => Ended::Off,
+            Ending::Migrated => Ended::MovedAway,
+            Ending::Died(w) => Ended::Died(w),
+            Ending::Signal(s) => Ended::Signal(s),
+        })
+    })
+}

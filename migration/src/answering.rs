@@ -1,0 +1,155 @@
+//! Being asked who has the guest.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
+
+use crate::handover::{Handover, Taking, TakingEvent, Verdict};
+use crate::patience::{Cancel, Patience, TICK};
+use crate::wire::{Channel, Listener, Message, PeerError, Stream};
+
+/// Answers a source that lost its connection and asks who has the guest.
+///
+/// Runs on a thread of its own from before READY until the source has said DONE, or until
+/// [`Patience::answering`] after the decision. A destination lets it finish before it exits: a
+/// source that nobody answers does not know whether it may resume the guest.
+#[derive(Debug)]
+pub struct Answering {
+    stop: Cancel,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The destination's half of the decision, shared by those who can change it.
+#[derive(Clone)]
+pub(crate) struct Seat(Arc<Mutex<Handover<Taking>>>);
+
+impl Seat {
+    pub(crate) fn new(handover: Handover<Taking>) -> Self {
+        Self(Arc::new(Mutex::new(handover)))
+    }
+
+    /// While this is held nobody else decides, and nobody is answered.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Handover<Taking>> {
+        // Whoever panicked had decided already, or not yet: the state is whole either way.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Answering {
+    /// Answers on `listener`. Sets `decided` as soon as an answer decides against this side.
+    pub(crate) fn start<L: Listener + 'static>(
+        listener: L,
+        seat: Seat,
+        patience: Patience,
+        decided: Cancel,
+    ) -> std::io::Result<Self> {
+        let stop = Cancel::new();
+        let desk = Desk { listener, seat, patience, decided, stop: stop.clone() };
+        let thread = Builder::new().name("answering".into()).spawn(move || desk.serve())?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+
+    /// Whether nobody will be answered any more.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits until it is finished.
+    pub fn wait(mut self) {
+        self.join();
+    }
+
+    /// Lets it finish soon: the source knows.
+    pub fn stop(&self) {
+        self.stop.cancel();
+    }
+
+    fn join(&mut self) {
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that answers the source panicked");
+        }
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        self.join();
+    }
+}
+
+struct Desk<L> {
+    listener: L,
+    seat: Seat,
+    patience: Patience,
+    decided: Cancel,
+    stop: Cancel,
+}
+
+impl<L: Listener> Desk<L> {
+    fn serve(&self) {
+        let mut until = None;
+        while !self.stop.is_cancelled() && until.is_none_or(|until| Instant::now() < until) {
+            if until.is_none() && matches!(self.seat.lock().state(), Taking::Running | Taking::Dead)
+            {
+                until = Some(Instant::now() + self.patience.answering);
+            }
+            match self.listener.accept(TICK) {
+                Ok(Some(stream)) => match self.answer(stream) {
+                    Ok(()) => {}
+                    Err(error) => tracing::warn!(%error, "someone who asked was not answered"),
+                },
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::error!(%error, "cannot be asked any more");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn answer(&self, stream: L::Stream) -> Result<(), PeerError> {
+        let limit = self.patience.running;
+        let mut peer = Channel::new(stream, limit, self.stop.clone())?;
+        peer.answer_greeting(limit)?;
+        match peer.receive_message(limit)? {
+            Message::Query(token) => {
+                let verdict = {
+                    let mut seat = self.seat.lock();
+                    if seat.token() == token { self.decide(&mut seat) } else { Verdict::Unknown }
+                };
+                peer.send(&Message::Answer(verdict))?;
+                self.await_done(&mut peer)
+            }
+            Message::Offer { .. } => {
+                peer.give_up("a guest has arrived here already: choose another destination");
+                Ok(())
+            }
+            other => Err(peer.unexpected(&other)),
+        }
+    }
+
+    /// Says RUNNING, or binds this side never to run: in one step, as the seat is locked.
+    fn decide(&self, seat: &mut Handover<Taking>) -> Verdict {
+        if let Err(error) = seat.advance(TakingEvent::Queried) {
+            tracing::warn!(%error, "cannot write down that the guest never runs here");
+        }
+        if seat.state() == Taking::Dead {
+            self.decided.cancel();
+        }
+        seat.state().verdict()
+    }
+
+    fn await_done<S: Stream>(&self, peer: &mut Channel<S>) -> Result<(), PeerError> {
+        match peer.receive_message(self.patience.running)? {
+            Message::Done(token) if token == self.seat.lock().token() => {
+                self.stop.cancel();
+                Ok(())
+            }
+            other => Err(peer.unexpected(&other)),
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The straight line in.
+
+mod welcome;
+
+use std::time::Instant;
+
+use welcome::welcome;
+
+use crate::answering::{Answering, Seat};
+use crate::error::{Error, Failure, one_line};
+use crate::guest::{Arriving, Host};
+use crate::handover::{Handover, Taking, TakingEvent, Token, Verdict};
+use crate::patience::{Cancel, Patience};
+use crate::progress::{Progress, Stage, Watch};
+use crate::ram::{self, PageBitmap};
+use crate::report::{Report, Status, milliseconds};
+use crate::state::StateReader;
+use crate::wire::{Channel, Listener, Message, PeerError, Received, Stream};
+
+/// A guest that has arrived and runs.
+#[derive(Debug)]
+pub struct Arrived<G> {
+    /// The guest.
+    pub guest: G,
+    /// What it cost, seen from here.
+    pub report: Report,
+    /// Answers the source if it has not heard. Finishes by itself.
+    pub answering: Answering,
+}
+
+/// Waits at `listener` for a guest, takes it in and lets it run.
+///
+/// Whoever connects and brings nothing (a dry run, something that is not uvmm, a guest that does
+/// not fit) is answered, and waiting goes on. From the first byte of memory on it is about one
+/// guest only: if that does not make it here, this fails, and the guest is at its source.
+pub fn receive<H: Host, L: Listener + 'static>(
+    host: &mut H,
+    listener: L,
+    patience: &Patience,
+    mut watch: Watch<'_>,
+) -> Result<Arrived<H::Guest>, Box<Failure>> {
+    match welcome(host, &listener, patience, &mut watch) {
+        Ok(arrival) => arrival.run(listener),
+        Err(error) => Err(Failure::of(error, Report::default())),
+    }
+}
+
+/// A guest on its way in.
+struct Arrival<'a, 'w, S, G> {
+    peer: Channel<S>,
+    guest: G,
+    token: Token,
+    /// The first of its memory, until it is taken.
+    first: Option<Received>,
+    patience: &'a Patience,
+    watch: &'a mut Watch<'w>,
+    started: Instant,
+}
+
+/// What came of it.
+#[derive(Default)]
+struct Outcome {
+    report: Report,
+    answering: Option<Answering>,
+}
+
+impl<S: Stream, G: Arriving> Arrival<'_, '_, S, G> {
+    fn run<L: Listener + 'static>(mut self, listener: L) -> Result<Arrived<G>, Box<Failure>> {
+        let mut outcome = Outcome::default();
+        let arrived = self.take_in(listener, &mut outcome);
+        let Outcome { mut report, answering } = outcome;
+        report.total_ms = milliseconds(self.started.elapsed());
+        report.bytes_sent = self.peer.bytes();
+        report.throughput_mib_s = self.peer.rate().unwrap_or(0.0) / f64::from(1 << 20);
+        let totals = self.peer.totals();
+        (report.pages, report.zero_pages) = (totals.pages, totals.zero_pages);
+        report.state_bytes = totals.state_bytes;
+        match (arrived, answering) {
+            (Ok(()), Some(answering)) => {
+                report.status = Status::Completed;
+                Ok(Arrived { guest: self.guest, report, answering })
+            }
+            (arrived, answering) => {
+                let error = arrived.err().unwrap_or(Error::TakenBack);
+                self.peer.give_up(&one_line(&error));
+                Err(Box::new(Failure { answering, ..*Failure::of(error, report) }))
+            }
+        }
+    }
+
+    /// The whole arrival. Nothing runs the guest but `run_at_commit`.
+    fn take_in<L: Listener + 'static>(
+        &mut self,
+        listener: L,
+        outcome: &mut Outcome,
+    ) -> Result<(), Error> {
+        let state = self.memory(&mut outcome.report)?;
+        let stopped = Instant::now();
+        self.end()?;
+        self.load(&state)?;
+        let seat = self.be_ready(listener, &mut outcome.answering)?;
+        self.run_at_commit(&seat)?;
+        outcome.report.downtime_ms = milliseconds(stopped.elapsed());
+        self.say_running(outcome.answering.as_ref());
+        Ok(())
+    }
+
+    /// Memory, pass after pass, until the state arrives: gives that.
+    fn memory(&mut self, report: &mut Report) -> Result<Vec<u8>, Error> {
+        self.peer.now("while it sent memory");
+        let mut told = PageBitmap::empty(self.guest.ram());
+        let mut progress = Progress { stage: Stage::Copying, round: 1, ..Progress::default() };
+        loop {
+            let received = match self.first.take() {
+                Some(first) => first,
+                None => self.peer.receive(self.patience.silence)?,
+            };
+            match received {
+                Received::Ram { run, checked } => {
+                    ram::receive::content(&mut self.peer, self.guest.ram(), run, checked)?;
+                    told.insert(run.start, run.len);
+                    progress.round_done += run.len;
+                }
+                Received::Zero(run) => {
+                    ram::receive::zero(&self.peer, self.guest.ram(), run)?;
+                    told.insert(run.start, run.len);
+                    progress.round_done += run.len;
+                }
+                Received::Message(Message::RoundEnd) => {
+                    self.peer.send(&Message::RoundTaken)?;
+                    progress = Progress { round: progress.round + 1, round_done: 0, ..progress };
+                }
+                Received::Message(other) => return Err(self.peer.unexpected(&other).into()),
+                Received::State(state) => {
+                    report.rounds = progress.round;
+                    if told != PageBitmap::full(self.guest.ram()) {
+                        return Err(self.peer.garbage("only a part of the memory".into()).into());
+                    }
+                    return Ok(state);
+                }
+            }
+            progress.bytes_sent = self.peer.bytes();
+            (self.watch.progress)(&progress);
+        }
+    }
+
+    /// END: what was counted there is what arrived here.
+    fn end(&mut self) -> Result<(), Error> {
+        self.peer.now("before it sent END");
+        let arrived = self.peer.totals();
+        match self.peer.receive_message(self.patience.silence)? {
+            Message::End(totals) if totals == arrived => Ok(()),
+            Message::End(_) => Err(Error::Totals),
+            other => Err(self.peer.unexpected(&other).into()),
+        }
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), Error> {
+        let mut state = StateReader::open(state)?;
+        self.guest.load(&mut state)?;
+        Ok(state.finish()?)
+    }
+
+    /// READY. From here on the source may ask who has the guest, so someone answers.
+    fn be_ready<L: Listener + 'static>(
+        &mut self,
+        listener: L,
+        answering: &mut Option<Answering>,
+    ) -> Result<Seat, Error> {
+        let mut handover = Handover::taking(self.token, self.watch.take_record());
+        handover.advance(TakingEvent::Loaded).map_err(Error::Record)?;
+        let (seat, decided) = (Seat::new(handover), Cancel::new());
+        self.peer.set_cancel(self.watch.cancel.or(&decided));
+        let desk = Answering::start(listener, seat.clone(), *self.patience, decided);
+        *answering = Some(desk.map_err(Error::Listen)?);
+        Ok(seat)
+    }
+
+    /// COMMIT, and nothing else, runs the guest; unless the source was told otherwise meanwhile.
+    fn run_at_commit(&mut self, seat: &Seat) -> Result<(), Error> {
+        let committed = self.await_commit();
+        let mut seat = seat.lock();
+        let decided = match committed {
+            Ok(()) => self.start(&mut seat),
+            Err(_) if seat.state() == Taking::Dead => Err(Error::TakenBack),
+            Err(error) => Err(error.into()),
+        };
+        if decided.is_err() {
+            // Nobody waits for it on paper: a process that ends does not run the guest either.
+            let _unwritten = seat.advance(TakingEvent::Lost);
+            self.peer.set_cancel(Cancel::new());
+            let _unheard = self.peer.send(&Message::Answer(Verdict::Refused)); // it will ask
+        }
+        decided
+    }
+
+    fn await_commit(&mut self) -> Result<(), PeerError> {
+        self.peer.now("before it sent COMMIT");
+        self.peer.send(&Message::Ready(self.token))?;
+        match self.peer.receive_message(self.patience.silence)? {
+            Message::Commit(token) if token == self.token => Ok(()),
+            other => Err(self.peer.unexpected(&other)),
+        }
+    }
+
+    /// Written down first, and decided while nobody else can.
+    fn start(&mut self, seat: &mut Handover<Taking>) -> Result<(), Error> {
+        if !seat.advance(TakingEvent::Commit).map_err(Error::Record)?.may_run() {
+            return Err(Error::TakenBack);
+        }
+        self.guest.run().map_err(|error| {
+            let _unwritten = seat.advance(TakingEvent::CouldNotStart);
+            Error::Start(error)
+        })
+    }
+
+    /// RUNNING, answered by DONE. If the source does not hear, it asks, and is answered.
+    fn say_running(&mut self, answering: Option<&Answering>) {
+        self.peer.set_cancel(Cancel::new());
+        let said = self.peer.send(&Message::Running(self.token));
+        let heard = said.and_then(|()| self.peer.receive_message(self.patience.running));
+        match heard {
+            Ok(Message::Done(token)) if token == self.token => {
+                answering.iter().for_each(|answering| answering.stop());
+            }
+            Ok(_) => tracing::warn!("the source did not say that it knows"),
+            Err(error) => tracing::warn!(%error, "the source may not know that the guest runs"),
+        }
+    }
+}

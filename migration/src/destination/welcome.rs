@@ -1,0 +1,108 @@
+//! Whoever connects, until someone brings a guest.
+
+use std::time::Instant;
+
+use super::Arrival;
+use crate::compat::{Mismatch, Offer};
+use crate::error::{Error, one_line};
+use crate::guest::{Arriving, Host};
+use crate::handover::{Token, Verdict};
+use crate::patience::{Patience, TICK};
+use crate::progress::Watch;
+use crate::ram;
+use crate::wire::{Channel, Listener, Message, Received, Stream};
+
+/// How many mismatches are told at most.
+const TOLD: usize = 1000;
+
+/// Greets, answers offers, and gives the first arrival whose memory begins to flow.
+pub(super) fn welcome<'a, 'w, H: Host, L: Listener>(
+    host: &mut H,
+    listener: &L,
+    patience: &'a Patience,
+    watch: &'a mut Watch<'w>,
+) -> Result<Arrival<'a, 'w, L::Stream, H::Guest>, Error> {
+    loop {
+        let stream = connection(listener, watch)?;
+        match meet(host, stream, patience, watch) {
+            Ok(Some((peer, guest, token, first))) => {
+                let (first, started) = (Some(first), Instant::now());
+                return Ok(Arrival { peer, guest, token, first, patience, watch, started });
+            }
+            Ok(None) => {}
+            Err(error) => tracing::warn!(error = one_line(&error), "someone came to nothing"),
+        }
+    }
+}
+
+fn connection<L: Listener>(listener: &L, watch: &Watch<'_>) -> Result<L::Stream, Error> {
+    loop {
+        if watch.cancel.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        if let Some(stream) = listener.accept(TICK).map_err(Error::Listen)? {
+            return Ok(stream);
+        }
+    }
+}
+
+type Met<S, G> = (Channel<S>, G, Token, Received);
+
+/// One connection: a guest that begins to flow, or nothing.
+fn meet<H: Host, S: Stream>(
+    host: &mut H,
+    stream: S,
+    patience: &Patience,
+    watch: &Watch<'_>,
+) -> Result<Option<Met<S, H::Guest>>, Error> {
+    let mut peer = Channel::new(stream, patience.silence, watch.cancel.clone())?;
+    peer.answer_greeting(patience.greeting)?;
+    peer.now("before it made an offer");
+    let (offer, dry_run) = match peer.receive_message(patience.greeting)? {
+        Message::Offer { offer, dry_run } => (offer, dry_run),
+        Message::Query(_) => {
+            peer.send(&Message::Answer(Verdict::Unknown))?;
+            return Ok(None);
+        }
+        other => return Err(peer.unexpected(&other).into()),
+    };
+    let guest = match prepare(host, &offer) {
+        Ok(guest) => guest,
+        Err(mut mismatches) => {
+            mismatches.truncate(TOLD);
+            tracing::warn!(name = offer.name, "a guest does not fit: {}", mismatches[0]);
+            peer.send(&Message::Mismatched(mismatches))?;
+            return Ok(None);
+        }
+    };
+    let token = Token::random().map_err(Error::Random)?;
+    peer.send(&Message::Accepted(token))?;
+    if dry_run {
+        return Ok(None);
+    }
+    peer.now("before it sent memory");
+    match peer.receive(patience.silence)? {
+        first @ (Received::Ram { .. } | Received::Zero(_)) => Ok(Some((peer, guest, token, first))),
+        Received::Message(other) => Err(peer.unexpected(&other).into()),
+        Received::State(_) => Err(peer.garbage("state".into()).into()),
+    }
+}
+
+/// Has the machine built, and makes sure that its memory is what was offered.
+fn prepare<H: Host>(host: &mut H, offer: &Offer) -> Result<H::Guest, Vec<Mismatch>> {
+    let guest = host.prepare(offer)?;
+    let layout = ram::layout(guest.ram());
+    if layout == offer.ram {
+        return Ok(guest);
+    }
+    let told = |layout: &[(u64, u64)]| {
+        let region = |(start, len): &(u64, u64)| format!("{len:#x} bytes at {start:#x}");
+        layout.iter().take(8).map(region).collect::<Vec<_>>().join(", ")
+    };
+    Err(vec![Mismatch {
+        path: "memory".into(),
+        wanted: told(&offer.ram),
+        found: told(&layout),
+        remedy: "use the same uvmm on both sides".into(),
+    }])
+}

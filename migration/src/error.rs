@@ -1,0 +1,134 @@
+//! Why a migration stopped, and who has the guest now.
+
+use std::error;
+use std::fmt;
+use std::io;
+
+use crate::answering::Answering;
+use crate::compat::Mismatch;
+use crate::handover::Token;
+use crate::plan::{PlanError, StepFailure};
+use crate::ram::DirtyError;
+use crate::report::{Report, Status};
+use crate::state::StateError;
+use crate::wire::PeerError;
+
+/// Why a migration stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Nobody answers there.
+    #[error("cannot connect to the destination: check the address, and that uvmm waits there")]
+    Connect(#[source] io::Error),
+    /// Nothing can arrive here.
+    #[error("cannot accept connections")]
+    Listen(#[source] io::Error),
+    /// No name can be given to the migration.
+    #[error("cannot get random bytes from the kernel")]
+    Random(#[source] io::Error),
+    /// The peer, or the way to it.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// The destination cannot take the guest: everything that stands against it.
+    #[error("the destination cannot take this guest: {}", listed(.0))]
+    Refused(Vec<Mismatch>),
+    /// A step towards a still guest failed; those before it were taken back.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// Nobody knows what the guest wrote.
+    #[error(transparent)]
+    Dirty(#[from] DirtyError),
+    /// The state could not be saved or loaded.
+    #[error("cannot move the state of the machine")]
+    State(#[from] StateError),
+    /// Something writes guest memory that should stand still: a fault of uvmm.
+    #[error("{name} wrote guest memory at {address:#x} after the last of it was sent")]
+    WroteTooLate {
+        /// The dirty source that tells.
+        name: String,
+        /// Guest-physical address of the first page.
+        address: u64,
+    },
+    /// What arrived is not what was sent.
+    #[error("what arrived is not what was sent: migrate again")]
+    Totals,
+    /// The decision could not be written down, so it was not taken.
+    #[error("cannot write down who has the guest: free some space, then migrate again")]
+    Record(#[source] io::Error),
+    /// The destination got the guest and could not start it. It runs at the source.
+    #[error("cannot start the guest")]
+    Start(#[source] StepFailure),
+    /// The destination never ran the guest and never will. It runs at the source.
+    #[error("the destination gave the guest back: see what it printed")]
+    GivenBack,
+    /// The source asked who has the guest before it gave it away, and was told that it keeps it.
+    #[error("the source took the guest back")]
+    TakenBack,
+    /// Nobody could be asked whether the destination runs the guest.
+    #[error(
+        "undecided: the guest was given away in migration {token}, and the destination cannot be \
+         asked whether it runs: look there; resume here only if it cannot be running there"
+    )]
+    Undecided {
+        /// Names the migration.
+        token: Token,
+    },
+    /// Someone wished to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl Error {
+    /// How a migration ended that this stopped.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        match self {
+            Self::Cancelled | Self::Peer(PeerError::Cancelled) => Status::Cancelled,
+            Self::Undecided { .. } => Status::Undecided,
+            _ => Status::Failed,
+        }
+    }
+}
+
+/// A migration that did not complete. Where the guest is, `report.status` tells.
+#[derive(Debug)]
+pub struct Failure {
+    /// Why.
+    pub error: Error,
+    /// What it cost.
+    pub report: Report,
+    /// At the destination: tells the source that the guest never runs here, if it can be that it
+    /// asks. Let it finish before the process ends.
+    pub answering: Option<Answering>,
+}
+
+impl Failure {
+    pub(crate) fn of(error: Error, mut report: Report) -> Box<Self> {
+        report.status = error.status();
+        report.error = Some(one_line(&error));
+        Box::new(Self { error, report, answering: None })
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl error::Error for Failure {
+    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
+        self.error.source()
+    }
+}
+
+/// `error` and its causes in one line.
+#[must_use]
+pub fn one_line(error: &dyn error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+fn listed(mismatches: &[Mismatch]) -> String {
+    mismatches.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}

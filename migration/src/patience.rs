@@ -1,0 +1,79 @@
+//! How long to wait for the other side, and being told to stop waiting.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// How long to wait for the other side. No wait is without a bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// For a greeting, and for an operator's own network: connecting.
+    pub greeting: Duration,
+    /// For the destination to build the machine and answer the offer.
+    pub prepare: Duration,
+    /// For a byte of a transfer that goes on; also for the destination to load the state, and for
+    /// the source to get through its steps.
+    pub silence: Duration,
+    /// For all of it, once the guest is stopped and until the destination is ready.
+    pub stopped: Duration,
+    /// For the answer to COMMIT, before asking on another connection.
+    pub running: Duration,
+    /// For asking, before the migration is called undecided.
+    pub asking: Duration,
+    /// For being asked, once decided. More than `asking` of the peer.
+    pub answering: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        let seconds = Duration::from_secs;
+        Self {
+            greeting: seconds(10),
+            prepare: seconds(60),
+            silence: seconds(30),
+            stopped: seconds(300),
+            running: seconds(5),
+            asking: seconds(60),
+            answering: seconds(120),
+        }
+    }
+}
+
+/// A wish to stop, shared by whoever may have it and whoever must heed it.
+///
+/// Heeded at every frame, and every [`TICK`] while blocked.
+#[derive(Clone, Debug)]
+pub struct Cancel(Vec<Arc<AtomicBool>>);
+
+/// How often a blocked wait looks up.
+pub const TICK: Duration = Duration::from_millis(50);
+
+impl Cancel {
+    /// Nobody wishes to stop yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(vec![Arc::default()])
+    }
+
+    /// Wishes to stop. Heeded until the guest is given away; then it is too late.
+    pub fn cancel(&self) {
+        self.0.iter().for_each(|wish| wish.store(true, Ordering::Release));
+    }
+
+    /// Whether someone wishes to stop.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.iter().any(|wish| wish.load(Ordering::Acquire))
+    }
+
+    /// A wish of whoever wishes this or `other`.
+    pub(crate) fn or(&self, other: &Self) -> Self {
+        Self(self.0.iter().chain(&other.0).cloned().collect())
+    }
+}
+
+impl Default for Cancel {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,0 +1,249 @@
+//! Who does what when a guest leaves: ordered steps that can be taken back.
+//!
+//! Pausing devices, flushing what they hold and rolling back are one mechanism. Whoever takes part
+//! adds steps; entering a phase runs its steps by priority; a failure undoes those entered, in
+//! reverse. A printed plan is the documentation of what will happen.
+
+use std::error::Error;
+use std::fmt;
+use std::time::Instant;
+
+/// The two times at which steps run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Before the first page is sent. The guest runs on.
+    Precopy,
+    /// Little is left to send: from running to perfectly still.
+    Quiesce,
+}
+
+/// When a step runs within its phase: lower first, equal ones in the order they were added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Priority(pub u8);
+
+impl Priority {
+    /// The guest is asked to let go of devices; its vCPUs still run.
+    pub const GUEST: Self = Self(10);
+    /// vCPUs stop, half-done exits are completed. Downtime starts here.
+    pub const VCPUS: Self = Self(20);
+    /// Assigned devices stop to start DMA to each other; all of them, before any stops.
+    pub const ASSIGNED_P2P: Self = Self(30);
+    /// Assigned devices stop.
+    pub const ASSIGNED: Self = Self(40);
+    /// Relays put what they hold into guest memory: shadow queues, vhost bases, inflight.
+    pub const RELAYS: Self = Self(50);
+    /// The kernel puts what it holds into guest memory: ITS tables on Arm.
+    pub const IRQCHIP: Self = Self(60);
+}
+
+/// Why a step could not be entered.
+pub type StepFailure = Box<dyn Error + Send + Sync>;
+
+/// Something to do on the way out, and how to take it back.
+pub trait Step: Send {
+    /// What it does, for plans and errors: `stop 2 vCPUs`.
+    fn name(&self) -> String;
+
+    /// Does it. On an error it has left things as they were: `undo` is not called for it.
+    ///
+    /// The peer waits meanwhile: a step takes seconds at most and bounds its own waits.
+    fn enter(&mut self) -> Result<(), StepFailure>;
+
+    /// Takes it back. Called only after `enter` succeeded, once, last entered first.
+    fn undo(&mut self);
+}
+
+/// A step could not be entered.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {step}")]
+pub struct PlanError {
+    /// The name of the step.
+    pub step: String,
+    source: StepFailure,
+}
+
+struct Entry {
+    phase: Phase,
+    priority: Priority,
+    step: Box<dyn Step>,
+    entered: bool,
+}
+
+/// All steps of a machine.
+#[derive(Default)]
+pub struct Plan {
+    /// Sorted by phase and priority.
+    entries: Vec<Entry>,
+    stopped: Option<Instant>,
+}
+
+impl Plan {
+    /// A plan of no steps.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds `step`. A device that has more to do adds more steps.
+    pub fn at(&mut self, phase: Phase, priority: Priority, step: impl Step + 'static) {
+        let place = self.entries.partition_point(|e| (e.phase, e.priority) <= (phase, priority));
+        let entry = Entry { phase, priority, step: Box::new(step), entered: false };
+        self.entries.insert(place, entry);
+    }
+
+    /// Runs the steps of `phase` that are not entered yet, up to the first that fails.
+    pub fn enter(&mut self, phase: Phase) -> Result<(), PlanError> {
+        for entry in self.entries.iter_mut().filter(|e| e.phase == phase && !e.entered) {
+            if (phase, entry.priority) >= (Phase::Quiesce, Priority::VCPUS) {
+                self.stopped.get_or_insert_with(Instant::now);
+            }
+            let step = entry.step.name();
+            tracing::debug!(step, "enter");
+            entry.step.enter().map_err(|source| PlanError { step, source })?;
+            entry.entered = true;
+        }
+        Ok(())
+    }
+
+    /// Takes back every entered step, last entered first. Then the plan can be entered again.
+    pub fn undo(&mut self) {
+        for entry in self.entries.iter_mut().rev().filter(|e| e.entered) {
+            tracing::debug!(step = entry.step.name(), "undo");
+            entry.step.undo();
+            entry.entered = false;
+        }
+        self.stopped = None;
+    }
+
+    /// When the vCPUs were told to stop; none while they run.
+    #[must_use]
+    pub fn stopped(&self) -> Option<Instant> {
+        self.stopped
+    }
+
+    /// The names of the steps of `phase`, in order.
+    pub fn names(&self, phase: Phase) -> impl Iterator<Item = String> + '_ {
+        self.entries.iter().filter(move |e| e.phase == phase).map(|e| e.step.name())
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let precopy = self.names(Phase::Precopy).chain(["copy memory while the guest runs".into()]);
+        let last = [
+            "collect the last dirty pages",
+            "send them",
+            "send the state",
+            "check that nothing was written since",
+            "hand over",
+        ];
+        let quiesce = self.names(Phase::Quiesce).chain(last.map(String::from));
+        for (number, step) in precopy.chain(quiesce).enumerate() {
+            writeln!(f, "{:>3}. {step}", number + 1)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.entries.iter().map(|e| e.step.name())).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    type Log = Arc<Mutex<Vec<String>>>;
+
+    struct Logged(&'static str, Log);
+
+    impl Step for Logged {
+        fn name(&self) -> String {
+            self.0.into()
+        }
+        fn enter(&mut self) -> Result<(), StepFailure> {
+            if self.0 == "jam" {
+                return Err("it is stuck".into());
+            }
+            self.1.lock().unwrap().push(format!("+{}", self.0));
+            Ok(())
+        }
+        fn undo(&mut self) {
+            self.1.lock().unwrap().push(format!("-{}", self.0));
+        }
+    }
+
+    fn plan(steps: &[(Phase, Priority, &'static str)]) -> (Plan, Log) {
+        let (mut plan, log) = (Plan::new(), Log::default());
+        for &(phase, priority, name) in steps {
+            plan.at(phase, priority, Logged(name, log.clone()));
+        }
+        (plan, log)
+    }
+
+    use Phase::{Precopy, Quiesce};
+
+    #[test]
+    fn the_last_phase_runs_in_the_documented_order() {
+        let (mut plan, log) = plan(&[
+            (Quiesce, Priority::IRQCHIP, "irqchip"),
+            (Quiesce, Priority::ASSIGNED, "stop"),
+            (Quiesce, Priority::VCPUS, "vcpus"),
+            (Precopy, Priority::ASSIGNED, "track"),
+            (Quiesce, Priority::RELAYS, "relays"),
+            (Quiesce, Priority::ASSIGNED_P2P, "p2p a"),
+            (Quiesce, Priority::GUEST, "ask"),
+            (Quiesce, Priority::ASSIGNED_P2P, "p2p b"),
+        ]);
+        let order = ["ask", "vcpus", "p2p a", "p2p b", "stop", "relays", "irqchip"];
+        assert!(plan.names(Quiesce).eq(order));
+        plan.enter(Precopy).unwrap();
+        plan.enter(Quiesce).unwrap();
+        let entered: Vec<_> = log.lock().unwrap().iter().map(|line| line[1..].to_owned()).collect();
+        assert_eq!(entered[0], "track");
+        assert_eq!(entered[1..], order);
+    }
+
+    #[test]
+    fn only_entered_steps_are_undone_in_reverse_and_once() {
+        let (mut plan, log) = plan(&[
+            (Precopy, Priority::ASSIGNED, "a"),
+            (Quiesce, Priority::VCPUS, "b"),
+            (Quiesce, Priority::ASSIGNED, "jam"),
+            (Quiesce, Priority::RELAYS, "d"),
+        ]);
+        plan.enter(Precopy).unwrap();
+        let error = plan.enter(Quiesce).unwrap_err();
+        assert_eq!(error.to_string(), "cannot jam");
+        assert_eq!(error.source().unwrap().to_string(), "it is stuck");
+        plan.undo();
+        plan.undo();
+        assert_eq!(*log.lock().unwrap(), ["+a", "+b", "-b", "-a"]);
+    }
+
+    #[test]
+    fn downtime_starts_with_the_vcpus_and_ends_with_undo() {
+        let (mut plan, _) =
+            plan(&[(Precopy, Priority::VCPUS, "a"), (Quiesce, Priority::GUEST, "b")]);
+        plan.enter(Precopy).unwrap();
+        plan.enter(Quiesce).unwrap();
+        assert_eq!(plan.stopped(), None);
+        plan.at(Quiesce, Priority::VCPUS, Logged("stop", Log::default()));
+        plan.enter(Quiesce).unwrap();
+        assert!(plan.stopped().is_some());
+        plan.undo();
+        assert_eq!(plan.stopped(), None);
+    }
+
+    #[test]
+    fn a_printed_plan_tells_what_will_happen() {
+        let (plan, _) = plan(&[(Quiesce, Priority::VCPUS, "stop 2 vCPUs")]);
+        let printed = plan.to_string();
+        assert!(printed.starts_with("  1. copy memory while the guest runs\n  2. stop 2 vCPUs\n"));
+        assert!(printed.ends_with("  7. hand over\n"));
+    }
+}

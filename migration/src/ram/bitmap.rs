@@ -1,0 +1,279 @@
+//! A set of guest pages.
+
+use std::io;
+
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{PAGE, Ram};
+
+const WORD: usize = u64::BITS as usize;
+
+/// Consecutive pages of one region: `start` is a guest-physical address, `len` counts bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The first byte.
+    pub start: GuestAddress,
+    /// Bytes, a multiple of [`PAGE`].
+    pub len: u64,
+}
+
+/// A set of the pages of a [`Ram`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageBitmap {
+    regions: Vec<Region>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Region {
+    start: u64,
+    pages: usize,
+    /// Bit n of word m is page 64 m + n; bits past the last page are always clear.
+    words: Vec<u64>,
+}
+
+impl PageBitmap {
+    /// No page of `ram`.
+    ///
+    /// # Panics
+    /// If a region is not made of whole pages.
+    #[must_use]
+    pub fn empty(ram: &Ram) -> Self {
+        let region = |region: &<Ram as GuestMemoryBackend>::R| {
+            assert_eq!(region.len() % PAGE, 0, "guest memory comes in whole pages");
+            let pages = usize::try_from(region.len() / PAGE).expect("mapped memory is countable");
+            let words = vec![0; pages.div_ceil(WORD)];
+            Region { start: region.start_addr().raw_value(), pages, words }
+        };
+        Self { regions: ram.iter().map(region).collect() }
+    }
+
+    /// Every page of `ram`.
+    #[must_use]
+    pub fn full(ram: &Ram) -> Self {
+        let mut all = Self::empty(ram);
+        for region in &mut all.regions {
+            region.words.fill(u64::MAX);
+            region.clear_tail();
+        }
+        all
+    }
+
+    /// Adds the pages whose bits are set in `words`, whose first bit is the page at `start`.
+    ///
+    /// This is how KVM and VFIO report. Bits past the end of the region of `start` mean nothing.
+    /// Fails if `start` is not the address of a page of the guest.
+    pub fn merge(&mut self, start: GuestAddress, words: &[u64]) -> io::Result<()> {
+        let (region, first) = self.find(start).ok_or_else(|| {
+            let why = format!("a dirty log starts at {:#x}, where no guest page is", start.0);
+            io::Error::new(io::ErrorKind::InvalidInput, why)
+        })?;
+        let (skip, shift) = (first / WORD, first % WORD);
+        for (i, &word) in words.iter().enumerate().filter(|&(_, &word)| word != 0) {
+            if let Some(low) = region.words.get_mut(skip + i) {
+                *low |= word << shift;
+            }
+            if shift != 0
+                && let Some(high) = region.words.get_mut(skip + i + 1)
+            {
+                *high |= word >> (WORD - shift);
+            }
+        }
+        region.clear_tail();
+        Ok(())
+    }
+
+    /// Adds each page that `len` bytes at `start` touch, as far as there is guest memory.
+    pub fn insert(&mut self, start: GuestAddress, len: u64) {
+        let end = start.0.saturating_add(len);
+        for region in &mut self.regions {
+            let last = region.start + region.pages as u64 * PAGE;
+            let (from, to) = (start.0.max(region.start), end.min(last));
+            if from < to {
+                let page = |offset: u64| usize::try_from(offset).expect("within the region");
+                let first = page((from - region.start) / PAGE);
+                let past = page((to - region.start).div_ceil(PAGE));
+                (first..past).for_each(|page| region.words[page / WORD] |= 1 << (page % WORD));
+            }
+        }
+    }
+
+    /// Adds what `other`, of the same memory, holds.
+    pub fn unite(&mut self, other: &Self) {
+        for (region, other) in self.regions.iter_mut().zip(&other.regions) {
+            region.words.iter_mut().zip(&other.words).for_each(|(word, other)| *word |= other);
+        }
+    }
+
+    /// Removes all pages.
+    pub fn clear(&mut self) {
+        self.regions.iter_mut().for_each(|region| region.words.fill(0));
+    }
+
+    /// How many pages it holds.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.words().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// Whether it holds no page.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.words().all(|word| word == 0)
+    }
+
+    /// Its pages as the fewest runs, in order of address.
+    pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
+        self.regions.iter().flat_map(Region::runs)
+    }
+
+    fn words(&self) -> impl Iterator<Item = u64> + '_ {
+        self.regions.iter().flat_map(|region| region.words.iter().copied())
+    }
+
+    /// The region that holds the page at exactly `start`, and the number of that page in it.
+    fn find(&mut self, start: GuestAddress) -> Option<(&mut Region, usize)> {
+        self.regions.iter_mut().find_map(|region| {
+            let offset = start.0.checked_sub(region.start)?;
+            let page = usize::try_from(offset / PAGE).ok()?;
+            (offset % PAGE == 0 && page < region.pages).then_some((region, page))
+        })
+    }
+}
+
+impl Region {
+    fn clear_tail(&mut self) {
+        let used = self.pages % WORD;
+        if used != 0
+            && let Some(last) = self.words.last_mut()
+        {
+            *last &= (1 << used) - 1;
+        }
+    }
+
+    fn runs(&self) -> impl Iterator<Item = Run> + '_ {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let first = self.seek(next, true);
+            next = self.seek(first, false);
+            let run = Run {
+                start: GuestAddress(self.start + first as u64 * PAGE),
+                len: (next - first) as u64 * PAGE,
+            };
+            (first < self.pages).then_some(run)
+        })
+    }
+
+    /// The first page from `page` on that is in the set, or that is not; else the page count.
+    fn seek(&self, page: usize, wanted: bool) -> usize {
+        let mut below = page % WORD;
+        for (index, &word) in self.words.iter().enumerate().skip(page / WORD) {
+            let word = if wanted { word } else { !word } & (u64::MAX << below);
+            if word != 0 {
+                return self.pages.min(index * WORD + word.trailing_zeros() as usize);
+            }
+            below = 0;
+        }
+        self.pages
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LOW: u64 = 0x10_0000;
+    const HIGH: u64 = 0x1_0000_0000;
+
+    /// 70 pages at 1 MiB and 200 at 4 GiB.
+    fn ram() -> Ram {
+        let pages = |n: usize| n * 4096;
+        Ram::from_ranges(&[(GuestAddress(LOW), pages(70)), (GuestAddress(HIGH), pages(200))])
+            .unwrap()
+    }
+
+    fn pages(bitmap: &PageBitmap) -> BTreeSet<u64> {
+        bitmap
+            .runs()
+            .flat_map(|run| (0..run.len / PAGE).map(move |i| run.start.0 + i * PAGE))
+            .collect()
+    }
+
+    #[test]
+    fn all_of_ram_is_one_run_per_region() {
+        let all = PageBitmap::full(&ram());
+        assert_eq!(all.count(), 270);
+        let runs: Vec<_> = all.runs().map(|run| (run.start.0, run.len / PAGE)).collect();
+        assert_eq!(runs, [(LOW, 70), (HIGH, 200)]);
+    }
+
+    #[test]
+    fn a_log_that_starts_where_no_page_is_gets_refused() {
+        let mut bitmap = PageBitmap::empty(&ram());
+        for start in [0, LOW - PAGE, LOW + 1, LOW + 70 * PAGE, HIGH + 200 * PAGE, u64::MAX] {
+            assert!(bitmap.merge(GuestAddress(start), &[1]).is_err(), "{start:#x}");
+        }
+        assert!(bitmap.is_empty());
+    }
+
+    #[test]
+    fn bits_past_the_end_of_a_region_are_ignored() {
+        let mut bitmap = PageBitmap::empty(&ram());
+        bitmap.merge(GuestAddress(LOW), &[0, u64::MAX, u64::MAX]).unwrap();
+        assert_eq!(bitmap.count(), 6);
+    }
+
+    #[test]
+    fn inserting_touches_every_page_of_a_range() {
+        let mut bitmap = PageBitmap::empty(&ram());
+        bitmap.insert(GuestAddress(LOW + 5000), 4096);
+        bitmap.insert(GuestAddress(HIGH - 1), 2);
+        bitmap.insert(GuestAddress(0), 10);
+        bitmap.insert(GuestAddress(LOW), 0);
+        assert_eq!(pages(&bitmap), BTreeSet::from([LOW + PAGE, LOW + 2 * PAGE, HIGH]));
+    }
+
+    proptest! {
+        #[test]
+        fn merging_at_any_page_is_what_the_bits_say(
+            first in 0..200u64,
+            words in prop::collection::vec(any::<u64>(), 0..5),
+        ) {
+            let mut bitmap = PageBitmap::empty(&ram());
+            bitmap.merge(GuestAddress(HIGH + first * PAGE), &words).unwrap();
+            let set = (0..words.len() * 64).filter(|bit| words[bit / 64] >> (bit % 64) & 1 == 1);
+            let expected: BTreeSet<_> = set
+                .map(|bit| first + bit as u64)
+                .filter(|&page| page < 200)
+                .map(|page| HIGH + page * PAGE)
+                .collect();
+            prop_assert_eq!(bitmap.count(), expected.len() as u64);
+            prop_assert_eq!(pages(&bitmap), expected);
+        }
+
+        #[test]
+        fn runs_never_touch_each_other(words in prop::collection::vec(any::<u64>(), 1..5)) {
+            let mut bitmap = PageBitmap::empty(&ram());
+            bitmap.merge(GuestAddress(HIGH), &words).unwrap();
+            let runs: Vec<_> = bitmap.runs().collect();
+            for pair in runs.windows(2) {
+                prop_assert!(pair[0].start.0 + pair[0].len < pair[1].start.0);
+            }
+        }
+
+        #[test]
+        fn uniting_adds_and_keeps(a in any::<[u64; 3]>(), b in any::<[u64; 3]>()) {
+            let of = |words: [u64; 3]| {
+                let mut bitmap = PageBitmap::empty(&ram());
+                bitmap.merge(GuestAddress(HIGH), &words).unwrap();
+                bitmap
+            };
+            let mut both = of(a);
+            both.unite(&of(b));
+            prop_assert_eq!(pages(&both), &pages(&of(a)) | &pages(&of(b)));
+        }
+    }
+}

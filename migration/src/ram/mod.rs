@@ -1,0 +1,28 @@
+//! Guest memory as pages: which ones changed, and moving them.
+
+mod bitmap;
+mod dirty;
+pub(crate) mod receive;
+pub(crate) mod send;
+
+pub use bitmap::{PageBitmap, Run};
+pub use dirty::{DirtyError, DirtySet, DirtySource, OwnWrites};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+/// Size in bytes of the pages that the engine counts in, whatever backs them.
+pub const PAGE: u64 = PAGE_BYTES as u64;
+pub(crate) const PAGE_BYTES: usize = 4096;
+
+/// The memory of a guest, in regions of whole pages.
+///
+/// Its bitmap remembers what this process itself wrote through `vm-memory`: the source reads it as
+/// one more dirty source ([`OwnWrites`]), the destination knows from it which pages are still the
+/// zeros they were allocated as. Whoever writes through raw pointers marks the bitmap itself.
+pub type Ram = GuestMemoryMmap<AtomicBitmap>;
+
+/// Start and length in bytes of each region of `ram`, by address.
+#[must_use]
+pub fn layout(ram: &Ram) -> Vec<(u64, u64)> {
+    ram.iter().map(|region| (region.start_addr().0, region.len())).collect()
+}

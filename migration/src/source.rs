@@ -1,0 +1,346 @@
+//! The straight line out.
+
+mod custody;
+
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use custody::Custody;
+
+use crate::compat::Offer;
+use crate::error::{Error, Failure, one_line};
+use crate::guest::Departing;
+use crate::handover::{Giving, GivingEvent, Token, Verdict};
+use crate::patience::{Cancel, Patience, TICK};
+use crate::plan::Phase;
+use crate::policy::{Decision, Policy};
+use crate::progress::{Progress, Stage, Watch};
+use crate::ram::{self, PAGE, PageBitmap};
+use crate::report::{Report, Status, milliseconds};
+use crate::state::StateWriter;
+use crate::wire::{Channel, Message, Pace, Stream};
+
+/// How to move a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Only ask whether the destination could take it.
+    pub dry_run: bool,
+    /// When to stop copying.
+    pub policy: Policy,
+    /// Bytes per second while the guest runs. The last pass takes what it gets.
+    pub bandwidth_limit: Option<u64>,
+    /// Send a checksum with all memory. Costs a copy and a CRC-32 of each page on both sides.
+    pub checked: bool,
+    /// How long to wait for the destination.
+    pub patience: Patience,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let downtime_limit = Duration::from_millis(300);
+        Self {
+            dry_run: false,
+            policy: Policy { downtime_limit, max_rounds: 30 },
+            bandwidth_limit: None,
+            checked: false,
+            patience: Patience::default(),
+        }
+    }
+}
+
+/// Moves `guest` to the destination that `connect` connects to.
+///
+/// When this returns, the guest runs here or there and nowhere else; except if the error is
+/// [`Error::Undecided`]: then it stands still here, and its plan can be undone by an operator who
+/// knows that it does not run there. `connect` is called again if the connection breaks in the one
+/// moment that matters, and bounds its own waits.
+pub fn send<G: Departing, S: Stream>(
+    guest: &mut G,
+    connect: impl FnMut() -> io::Result<S>,
+    options: &Options,
+    mut watch: Watch<'_>,
+) -> Result<Report, Box<Failure>> {
+    let start = Instant::now();
+    let mut report = Report::default();
+    let source = Source {
+        custody: Custody::of(guest),
+        connect,
+        options,
+        watch: &mut watch,
+        report: &mut report,
+        progress: Progress::default(),
+    };
+    let outcome = source.run();
+    report.total_ms = milliseconds(start.elapsed());
+    report.devices = guest.devices();
+    match outcome {
+        Ok(()) => {
+            report.status = Status::Completed;
+            Ok(report)
+        }
+        Err(error) => Err(Failure::of(error, report)),
+    }
+}
+
+struct Source<'a, 'w, G: Departing, C> {
+    /// Dropping it gives the guest back to its vCPUs, unless it may run elsewhere.
+    custody: Custody<'a, G>,
+    connect: C,
+    options: &'a Options,
+    watch: &'a mut Watch<'w>,
+    report: &'a mut Report,
+    progress: Progress,
+}
+
+impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> {
+    fn run(mut self) -> Result<(), Error> {
+        let mut peer = self.greet(self.options.patience.silence)?;
+        self.travel(&mut peer).map_err(|error| parting(&mut peer, error))
+    }
+
+    /// The whole migration. Whatever fails before `commit`, the guest runs on here.
+    fn travel(mut self, peer: &mut Channel<S>) -> Result<(), Error> {
+        let token = self.agree(peer)?;
+        if self.options.dry_run {
+            return Ok(());
+        }
+        let left = self.precopy(peer)?;
+        self.quiesce(peer)?;
+        self.rest_of_memory(peer, left)?;
+        self.state(peer)?;
+        self.nothing_wrote_since()?;
+        self.end(peer, token)?;
+        self.commit(peer, token)
+    }
+
+    fn greet(&mut self, silence: Duration) -> Result<Channel<S>, Error> {
+        let stream = (self.connect)().map_err(Error::Connect)?;
+        let mut peer = Channel::new(stream, silence, self.watch.cancel.clone())?;
+        peer.greet(self.options.patience.greeting)?;
+        Ok(peer)
+    }
+
+    /// OFFER, answered by ACCEPTED or by everything that stands against it.
+    fn agree(&mut self, peer: &mut Channel<S>) -> Result<Token, Error> {
+        peer.now("before it answered the offer");
+        self.show(peer, Stage::Preparing);
+        let guest = self.custody.guest();
+        let offer = Offer { ram: ram::layout(guest.ram()), ..guest.offer() };
+        peer.send(&Message::Offer { offer, dry_run: self.options.dry_run })?;
+        match peer.receive_message(self.options.patience.prepare)? {
+            Message::Accepted(token) => Ok(token),
+            Message::Mismatched(mismatches) => Err(Error::Refused(mismatches)),
+            other => Err(peer.unexpected(&other).into()),
+        }
+    }
+
+    /// All memory, then again what was written meanwhile, until little is left: gives that.
+    fn precopy(&mut self, peer: &mut Channel<S>) -> Result<PageBitmap, Error> {
+        peer.now("while it was sent memory");
+        let guest = self.custody.guest();
+        guest.dirty().start()?;
+        guest.plan().enter(Phase::Precopy)?;
+        let mut pages = PageBitmap::full(guest.ram());
+        let mut pace = Pace::new(self.options.bandwidth_limit);
+        let mut left = Vec::new();
+        loop {
+            self.pass(peer, &pages, &mut pace, Stage::Copying)?;
+            peer.send(&Message::RoundEnd)?;
+            match peer.receive_message(self.options.patience.silence)? {
+                Message::RoundTaken => {}
+                other => return Err(peer.unexpected(&other).into()),
+            }
+            pages.clear();
+            let guest = self.custody.guest();
+            guest.dirty().collect(&mut pages)?;
+            left.push(pages.count() * PAGE);
+            let decision = self.options.policy.decide(&left, peer.rate(), guest.state_size());
+            tracing::debug!(round = left.len(), left = left.last(), ?decision, "pass done");
+            if let Decision::SwitchOver { converged } = decision {
+                self.report.converged = converged;
+                return Ok(pages);
+            }
+        }
+    }
+
+    /// From running to perfectly still.
+    fn quiesce(&mut self, peer: &mut Channel<S>) -> Result<(), Error> {
+        peer.now("while the guest was stopped");
+        peer.set_deadline(Some(Instant::now() + self.options.patience.stopped));
+        self.show(peer, Stage::Stopped);
+        Ok(self.custody.guest().plan().enter(Phase::Quiesce)?)
+    }
+
+    /// What was left, and what was written since.
+    fn rest_of_memory(&mut self, peer: &mut Channel<S>, left: PageBitmap) -> Result<(), Error> {
+        let mut pages = left;
+        self.custody.guest().dirty().collect(&mut pages)?;
+        self.pass(peer, &pages, &mut Pace::new(None), Stage::Stopped)
+    }
+
+    fn state(&mut self, peer: &mut Channel<S>) -> Result<(), Error> {
+        let mut state = StateWriter::new();
+        self.custody.guest().save(&mut state)?;
+        self.report.state_bytes = state.bytes().len() as u64;
+        Ok(peer.send_state(state.bytes())?)
+    }
+
+    /// The destination has a copy of a guest that stood still; or it has nothing.
+    fn nothing_wrote_since(&mut self) -> Result<(), Error> {
+        let guest = self.custody.guest();
+        let mut pages = PageBitmap::empty(guest.ram());
+        match guest.dirty().culprit(&mut pages)? {
+            None => Ok(()),
+            Some((name, run)) => Err(Error::WroteTooLate { name, address: run.start.0 }),
+        }
+    }
+
+    /// END, answered by READY once the destination has checked and loaded everything.
+    fn end(&mut self, peer: &mut Channel<S>, token: Token) -> Result<(), Error> {
+        peer.now("before it was ready");
+        peer.send(&Message::End(peer.totals()))?;
+        match peer.receive_message(self.options.patience.silence)? {
+            Message::Ready(theirs) if theirs == token => Ok(()),
+            other => Err(peer.unexpected(&other).into()),
+        }
+    }
+
+    /// Gives the guest away.
+    ///
+    /// Until the first line succeeds any failure resumes it here. From there on COMMIT may have
+    /// left, and only the word of the destination tells who has it.
+    fn commit(mut self, peer: &mut Channel<S>, token: Token) -> Result<(), Error> {
+        if self.watch.cancel.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        let record = self.watch.take_record();
+        self.custody.give(token, record).map_err(Error::Record)?;
+        self.show(peer, Stage::HandingOver);
+        self.watch.cancel = Cancel::new(); // too late to stop
+        let verdict = self.hand_over(peer, token).or_else(|error| {
+            tracing::warn!(error = one_line(&error), "COMMIT was not answered: asking");
+            self.ask(token)
+        });
+        let state = match verdict {
+            Ok(verdict) => self.custody.heard(GivingEvent::Heard(verdict)),
+            Err(_) => Giving::Asked,
+        };
+        match state {
+            Giving::Given => Ok(()),
+            Giving::Back => Err(Error::GivenBack),
+            Giving::Asked | Giving::Mine => Err(Error::Undecided { token }),
+        }
+    }
+
+    /// COMMIT, answered by RUNNING; then DONE.
+    fn hand_over(&mut self, peer: &mut Channel<S>, token: Token) -> Result<Verdict, Error> {
+        peer.now("before it said who has the guest");
+        peer.set_cancel(Cancel::new());
+        peer.set_deadline(None);
+        peer.send(&Message::Commit(token))?;
+        match peer.receive_message(self.options.patience.running)? {
+            Message::Running(theirs) if theirs == token => {
+                self.runs_there();
+                let _unheard = peer.send(&Message::Done(token)); // it stops listening in time
+                self.account(peer);
+                Ok(Verdict::Running)
+            }
+            Message::Answer(verdict) if verdict != Verdict::Unknown => Ok(verdict),
+            other => Err(peer.unexpected(&other).into()),
+        }
+    }
+
+    /// Asks on new connections who has the guest, until someone knows or patience ends.
+    fn ask(&mut self, token: Token) -> Result<Verdict, Error> {
+        let until = Instant::now() + self.options.patience.asking;
+        loop {
+            let asked = self.query(token);
+            match asked {
+                Ok(verdict @ (Verdict::Running | Verdict::Refused)) => return Ok(verdict),
+                _ if Instant::now() >= until => return Err(Error::Undecided { token }),
+                Ok(Verdict::Unknown) => tracing::warn!("the destination knows nothing of it"),
+                Err(error) => tracing::warn!(error = one_line(&error), "cannot ask"),
+            }
+            thread::sleep(4 * TICK);
+        }
+    }
+
+    fn query(&mut self, token: Token) -> Result<Verdict, Error> {
+        let limit = self.options.patience.greeting;
+        let mut peer = self.greet(limit)?;
+        peer.now("before it said who has the guest");
+        peer.send(&Message::Query(token))?;
+        match peer.receive_message(limit)? {
+            Message::Answer(verdict) => {
+                if verdict == Verdict::Running {
+                    self.runs_there();
+                }
+                let _unheard = peer.send(&Message::Done(token)); // it stops listening in time
+                Ok(verdict)
+            }
+            other => Err(peer.unexpected(&other).into()),
+        }
+    }
+
+    fn runs_there(&mut self) {
+        let stopped = self.custody.guest().plan().stopped();
+        self.report.downtime_ms = stopped.map_or(0, |since| milliseconds(since.elapsed()));
+    }
+
+    /// One pass over memory.
+    fn pass(
+        &mut self,
+        peer: &mut Channel<S>,
+        pages: &PageBitmap,
+        pace: &mut Pace,
+        stage: Stage,
+    ) -> Result<(), Error> {
+        let Self { custody, watch, progress, options, .. } = self;
+        let Watch { progress: watcher, cancel, .. } = watch;
+        *progress = Progress {
+            stage,
+            round: progress.round + 1,
+            round_bytes: pages.count() * PAGE,
+            round_done: 0,
+            bytes_sent: peer.bytes(),
+        };
+        watcher(progress);
+        let ram = custody.guest().ram();
+        let sent = ram::send::send(peer, ram, pages, options.checked, |len, content| {
+            progress.round_done += len;
+            if content {
+                progress.bytes_sent += len;
+                pace.spend(len, cancel);
+            }
+            watcher(progress);
+        });
+        self.account(peer);
+        Ok(sent?)
+    }
+
+    fn account(&mut self, peer: &Channel<S>) {
+        let totals = peer.totals();
+        self.report.rounds = self.progress.round;
+        self.report.bytes_sent = peer.bytes();
+        self.report.pages = totals.pages;
+        self.report.zero_pages = totals.zero_pages;
+        self.report.throughput_mib_s = peer.rate().unwrap_or(0.0) / f64::from(1 << 20);
+    }
+
+    fn show(&mut self, peer: &Channel<S>, stage: Stage) {
+        self.progress = Progress { stage, bytes_sent: peer.bytes(), ..self.progress };
+        (self.watch.progress)(&self.progress);
+    }
+}
+
+/// Tells the peer why it ends, or learns that from the peer.
+fn parting<S: Stream>(peer: &mut Channel<S>, error: Error) -> Error {
+    match error {
+        Error::Peer(error) if error.is_end() => peer.last_words(error).into(),
+        error => {
+            peer.give_up(&one_line(&error));
+            error
+        }
+    }
+}

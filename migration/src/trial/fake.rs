@@ -1,0 +1,276 @@
+//! A guest whose vCPU is a thread that writes memory, and the hosts it lives on.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::compat::{Mismatch, Offer, Profile, Rule, agree};
+use crate::guest::{Arriving, Departing, Host};
+use crate::plan::{Phase, Plan, Priority, Step, StepFailure};
+use crate::ram::{DirtySet, OwnWrites, PAGE, Ram};
+use crate::report::Device;
+use crate::state::{Saved, StateError, StateReader, StateWriter};
+
+pub(super) const LOW_PAGES: u64 = 8;
+pub(super) const HIGH: u64 = 1 << 32;
+pub(super) const HIGH_PAGES: u64 = 4;
+
+pub(super) fn ram(low_pages: u64) -> Ram {
+    let bytes = |pages: u64| usize::try_from(pages * PAGE).unwrap();
+    let ranges = [(GuestAddress(0), bytes(low_pages)), (GuestAddress(HIGH), bytes(HIGH_PAGES))];
+    Ram::from_ranges(&ranges).unwrap()
+}
+
+pub(super) fn content(ram: &Ram) -> Vec<u8> {
+    let region = |region: &<Ram as GuestMemoryBackend>::R| {
+        let mut bytes = vec![0; usize::try_from(region.len()).unwrap()];
+        ram.read_slice(&mut bytes, region.start_addr()).unwrap();
+        bytes
+    };
+    ram.iter().flat_map(region).collect()
+}
+
+/// Where the guest runs. Notices if that is ever two places.
+#[derive(Default)]
+pub(super) struct World {
+    pub(super) here: AtomicBool,
+    pub(super) there: AtomicBool,
+    pub(super) twice: AtomicBool,
+    pub(super) undone: AtomicU32,
+}
+
+impl World {
+    fn run(&self, place: &AtomicBool, other: &AtomicBool) {
+        place.store(true, Ordering::SeqCst);
+        if other.load(Ordering::SeqCst) {
+            self.twice.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether it runs here, and there.
+    pub(super) fn runners(&self) -> (bool, bool) {
+        assert!(!self.twice.load(Ordering::SeqCst), "the guest ran twice");
+        (self.here.load(Ordering::SeqCst), self.there.load(Ordering::SeqCst))
+    }
+}
+
+/// What goes wrong in a guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Fault {
+    #[default]
+    None,
+    /// A device refuses to stop.
+    StuckDevice,
+    /// A device writes memory while it saves its state.
+    LateWriter,
+    /// The destination refuses the state.
+    BadState,
+    /// The destination cannot start vCPUs.
+    NoStart,
+    /// The destination lacks a device.
+    Mismatch,
+}
+
+#[derive(Serialize, Deserialize)]
+struct CounterV1 {
+    count: u64,
+}
+
+impl Saved for CounterV1 {
+    const KIND: &'static str = "counter";
+    const VERSION: u16 = 1;
+}
+
+/// A vCPU: while it runs, it counts and writes the count all over a part of memory.
+pub(super) struct Vcpu {
+    running: Arc<Mutex<bool>>,
+    count: Arc<AtomicU64>,
+    thread: Option<(JoinHandle<()>, Arc<AtomicBool>)>,
+}
+
+impl Vcpu {
+    fn new(count: u64) -> Self {
+        let (running, count) = (Arc::new(Mutex::new(true)), Arc::new(AtomicU64::new(count)));
+        Self { running, count, thread: None }
+    }
+
+    fn start(&mut self, ram: &Ram, first: u64, pages: u64) {
+        let (running, count) = (self.running.clone(), self.count.clone());
+        let (ram, quit) = (ram.clone(), Arc::new(AtomicBool::new(false)));
+        let quits = quit.clone();
+        let work = move || {
+            while !quits.load(Ordering::Relaxed) {
+                let runs = running.lock().unwrap();
+                if *runs {
+                    let next = count.fetch_add(1, Ordering::Relaxed) + 1;
+                    let address = (first + next % pages) * PAGE + (next * 8) % PAGE;
+                    ram.write_obj(next, GuestAddress(address)).unwrap();
+                }
+                drop(runs);
+                thread::sleep(Duration::from_micros(20));
+            }
+        };
+        self.thread = Some((thread::Builder::new().spawn(work).unwrap(), quit));
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        if let Some((thread, quit)) = self.thread.take() {
+            quit.store(true, Ordering::Relaxed);
+            thread.join().unwrap();
+        }
+    }
+}
+
+struct StopVcpu {
+    running: Arc<Mutex<bool>>,
+    world: Arc<World>,
+}
+
+impl Step for StopVcpu {
+    fn name(&self) -> String {
+        "stop 1 vCPU".into()
+    }
+    fn enter(&mut self) -> Result<(), StepFailure> {
+        *self.running.lock().unwrap() = false;
+        self.world.here.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+    fn undo(&mut self) {
+        self.world.undone.fetch_add(1, Ordering::SeqCst);
+        self.world.run(&self.world.here, &self.world.there);
+        *self.running.lock().unwrap() = true;
+    }
+}
+
+struct Stuck;
+
+impl Step for Stuck {
+    fn name(&self) -> String {
+        "stop the stuck device".into()
+    }
+    fn enter(&mut self) -> Result<(), StepFailure> {
+        Err("it does not answer".into())
+    }
+    fn undo(&mut self) {
+        panic!("it was never entered");
+    }
+}
+
+pub(super) struct FakeGuest {
+    pub(super) ram: Ram,
+    vcpu: Vcpu,
+    dirty: DirtySet,
+    plan: Plan,
+    fault: Fault,
+}
+
+impl FakeGuest {
+    pub(super) fn new(world: &Arc<World>, fault: Fault) -> Self {
+        Self::with_memory(world, fault, LOW_PAGES)
+    }
+
+    pub(super) fn with_memory(world: &Arc<World>, fault: Fault, low_pages: u64) -> Self {
+        let ram = ram(low_pages);
+        ram.write_slice(b"first", GuestAddress(PAGE + 7)).unwrap();
+        ram.write_slice(&[7; 5000], GuestAddress(HIGH + PAGE)).unwrap();
+        let vcpu = Vcpu::new(41);
+        let mut dirty = DirtySet::new();
+        dirty.add(OwnWrites::new(ram.clone()));
+        let mut plan = Plan::new();
+        let stop = StopVcpu { running: vcpu.running.clone(), world: world.clone() };
+        plan.at(Phase::Quiesce, Priority::VCPUS, stop);
+        if fault == Fault::StuckDevice {
+            plan.at(Phase::Quiesce, Priority::ASSIGNED, Stuck);
+        }
+        world.here.store(true, Ordering::SeqCst);
+        Self { ram, vcpu, dirty, plan, fault }
+    }
+
+    /// Lets its vCPU write `pages` pages from `first` on, over and over.
+    pub(super) fn write_all_the_time(&mut self, first: u64, pages: u64) {
+        self.vcpu.start(&self.ram, first, pages);
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        self.vcpu.count.load(Ordering::Relaxed)
+    }
+}
+
+impl Departing for FakeGuest {
+    fn offer(&self) -> Offer {
+        let profile = Profile::new().with("device", Rule::Eq, "lamp").with("cpus", Rule::Eq, 1);
+        Offer { name: "fake".into(), config: vec![1, 2, 3], profile, ram: vec![] }
+    }
+    fn ram(&self) -> &Ram {
+        &self.ram
+    }
+    fn dirty(&mut self) -> &mut DirtySet {
+        &mut self.dirty
+    }
+    fn plan(&mut self) -> &mut Plan {
+        &mut self.plan
+    }
+    fn save(&self, out: &mut StateWriter) -> Result<(), StateError> {
+        if self.fault == Fault::LateWriter {
+            self.ram.write_obj(1u8, GuestAddress(HIGH)).unwrap();
+        }
+        out.at("vcpu/0").put(&CounterV1 { count: self.count() })
+    }
+    fn state_size(&self) -> u64 {
+        64
+    }
+    fn devices(&self) -> Vec<Device> {
+        vec![]
+    }
+}
+
+#[derive(Clone)]
+pub(super) struct FakeHost {
+    pub(super) world: Arc<World>,
+    pub(super) fault: Fault,
+    pub(super) low_pages: u64,
+}
+
+pub(super) struct FakeArrival {
+    pub(super) ram: Ram,
+    pub(super) count: u64,
+    host: FakeHost,
+}
+
+impl Host for FakeHost {
+    type Guest = FakeArrival;
+
+    fn prepare(&mut self, offer: &Offer) -> Result<FakeArrival, Vec<Mismatch>> {
+        let device = if self.fault == Fault::Mismatch { "radio" } else { "lamp" };
+        let have = Profile::new().with("device", Rule::Eq, device).with("cpus", Rule::Eq, 1);
+        agree(&offer.profile, &have)?;
+        Ok(FakeArrival { ram: ram(self.low_pages), count: 0, host: self.clone() })
+    }
+}
+
+impl Arriving for FakeArrival {
+    fn ram(&self) -> &Ram {
+        &self.ram
+    }
+    fn load(&mut self, from: &mut StateReader<'_>) -> Result<(), StateError> {
+        if self.host.fault == Fault::BadState {
+            return Err(StateError::invalid::<CounterV1>("a guest can only count so far"));
+        }
+        let CounterV1 { count } = from.at("vcpu/0").take()?;
+        self.count = count;
+        Ok(())
+    }
+    fn run(&mut self) -> Result<(), StepFailure> {
+        if self.host.fault == Fault::NoStart {
+            return Err("no vCPU starts".into());
+        }
+        self.host.world.run(&self.host.world.there, &self.host.world.here);
+        Ok(())
+    }
+}

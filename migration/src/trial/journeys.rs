@@ -1,0 +1,261 @@
+//! Migrations over a network that works, and guests that do not.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
+
+use super::fake::{FakeArrival, FakeGuest, FakeHost, Fault, LOW_PAGES, World, content};
+use super::network::{Door, Limits, Network};
+use crate::destination::{Arrived, receive};
+use crate::error::{Error, Failure, one_line};
+use crate::guest::Departing;
+use crate::patience::{Cancel, Patience};
+use crate::progress::{Progress, Stage, Watch};
+use crate::record::{NoRecord, Record};
+use crate::report::{Report, Status};
+use crate::source::{Options, send};
+
+pub(super) fn patience() -> Patience {
+    let milliseconds = Duration::from_millis;
+    Patience {
+        greeting: milliseconds(400),
+        prepare: milliseconds(2000),
+        silence: milliseconds(2000),
+        stopped: milliseconds(5000),
+        running: milliseconds(300),
+        asking: milliseconds(200),
+        answering: milliseconds(1500),
+    }
+}
+
+pub(super) fn options() -> Options {
+    Options { patience: patience(), ..Options::default() }
+}
+
+/// A migration that was tried.
+pub(super) struct Tried {
+    pub(super) world: Arc<World>,
+    pub(super) guest: FakeGuest,
+    pub(super) sent: Result<Report, Box<Failure>>,
+    pub(super) arrived: Result<Arrived<FakeArrival>, Box<Failure>>,
+    pub(super) passed: (usize, usize),
+}
+
+impl Tried {
+    pub(super) fn status(&self) -> Status {
+        self.sent.as_ref().map_or_else(|failure| failure.report.status, |report| report.status)
+    }
+
+    pub(super) fn error(&self) -> String {
+        self.sent.as_ref().err().map(|failure| one_line(&**failure)).unwrap_or_default()
+    }
+
+    /// Asserts that the guest runs there, whole.
+    pub(super) fn assert_there(&self) {
+        assert_eq!(self.world.runners(), (false, true), "{}", self.error());
+        let arrived = self.arrived.as_ref().unwrap();
+        assert!(content(&arrived.guest.ram) == content(&self.guest.ram), "memory differs");
+        assert_eq!(arrived.guest.count, self.guest.count());
+    }
+}
+
+/// Tries to move `guest` to `host`.
+pub(super) fn try_moving(
+    world: Arc<World>,
+    guest: FakeGuest,
+    host: FakeHost,
+    network: (Network, Door),
+    options: &Options,
+) -> Tried {
+    try_all(world, guest, host, network, options, [Box::new(NoRecord), Box::new(NoRecord)])
+}
+
+/// Tries to move a guest whose sides write their decisions down.
+pub(super) fn try_recorded(records: [Box<dyn Record>; 2]) -> Tried {
+    let world = Arc::<World>::default();
+    let guest = FakeGuest::new(&world, Fault::None);
+    let host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES };
+    let network = Network::new(Limits::NONE, Some(Limits::NONE));
+    try_all(world, guest, host, network, &options(), records)
+}
+
+fn try_all(
+    world: Arc<World>,
+    mut guest: FakeGuest,
+    mut host: FakeHost,
+    (mut network, door): (Network, Door),
+    options: &Options,
+    [here, there]: [Box<dyn Record>; 2],
+) -> Tried {
+    let (cancel, done) = (Cancel::new(), Cancel::new());
+    let patience = options.patience;
+    let waits = done.clone();
+    let destination = thread::Builder::new().spawn(move || {
+        let progress = &mut |_: &Progress| {};
+        let watch = Watch { progress, cancel: waits, record: there };
+        receive(&mut host, door, &patience, watch)
+    });
+    let watch = Watch { progress: &mut |_| {}, cancel, record: here };
+    let sent = send(&mut guest, || network.connect(), options, watch);
+    let destination = destination.unwrap();
+    // Where nothing came of it, the destination waits for another connection.
+    for _ in 0..30 {
+        if !destination.is_finished() {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+    done.cancel();
+    let arrived = destination.join().unwrap();
+    let passed = *network.passed.lock().unwrap();
+    Tried { world, guest, sent, arrived, passed }
+}
+
+fn moved(fault: Fault, options: &Options) -> Tried {
+    let world = Arc::<World>::default();
+    let guest = FakeGuest::new(&world, fault);
+    let host = FakeHost { world: world.clone(), fault, low_pages: LOW_PAGES };
+    try_moving(world, guest, host, Network::new(Limits::NONE, Some(Limits::NONE)), options)
+}
+
+#[test]
+fn a_guest_arrives_with_all_it_had() {
+    let tried = moved(Fault::None, &options());
+    tried.assert_there();
+    let report = tried.sent.as_ref().unwrap();
+    assert_eq!(report.status, Status::Completed);
+    assert!(report.converged);
+    assert_eq!((report.pages, report.zero_pages), (3, 9));
+    assert_eq!(report.rounds, 2);
+    let arrived = tried.arrived.unwrap();
+    assert_eq!((arrived.report.pages, arrived.report.zero_pages), (3, 9));
+    assert_eq!(arrived.report.bytes_sent, report.bytes_sent);
+    arrived.answering.wait(); // the source said DONE
+}
+
+#[test]
+fn checksums_go_with_memory_if_wanted() {
+    let plain = moved(Fault::None, &options());
+    let checked = moved(Fault::None, &Options { checked: true, ..options() });
+    checked.assert_there();
+    let more = checked.passed.0 - plain.passed.0;
+    assert_eq!(more, 2 * 4, "two stretches of memory carry four bytes more");
+}
+
+#[test]
+fn a_guest_that_writes_all_the_time_arrives_as_it_was_when_it_stopped() {
+    for pages in [1, 3, 300] {
+        let world = Arc::<World>::default();
+        let mut guest = FakeGuest::with_memory(&world, Fault::None, 700);
+        guest.write_all_the_time(300, pages);
+        thread::sleep(Duration::from_millis(5));
+        let host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: 700 };
+        let network = Network::new(Limits::NONE, Some(Limits::NONE));
+        let mut options = options();
+        options.policy.downtime_limit = Duration::ZERO;
+        options.bandwidth_limit = Some(20 << 20);
+        let tried = try_moving(world, guest, host, network, &options);
+        tried.assert_there();
+        let report = tried.sent.as_ref().unwrap();
+        assert!(report.rounds > 3, "{report:?}");
+        assert!(!report.converged);
+        assert!(tried.guest.count() > 41, "the guest wrote");
+    }
+}
+
+#[test]
+fn a_dry_run_asks_and_changes_nothing() {
+    let tried = moved(Fault::None, &Options { dry_run: true, ..options() });
+    assert_eq!(tried.world.runners(), (true, false));
+    assert_eq!(tried.status(), Status::Completed);
+    assert_eq!(tried.world.undone.load(Ordering::SeqCst), 0);
+    let waited_on = tried.arrived.err().unwrap();
+    assert!(matches!(waited_on.error, Error::Cancelled), "it waited for another connection");
+}
+
+#[test]
+fn a_guest_that_does_not_fit_is_told_why() {
+    let tried = moved(Fault::Mismatch, &options());
+    assert_eq!(tried.world.runners(), (true, false));
+    let told = "device: wanted \"lamp\", found \"radio\"";
+    assert!(tried.error().contains(told), "{}", tried.error());
+    assert_eq!(tried.world.undone.load(Ordering::SeqCst), 0, "the guest never stopped");
+}
+
+#[test]
+fn a_device_that_does_not_stop_leaves_the_guest_running() {
+    let tried = moved(Fault::StuckDevice, &options());
+    assert_eq!(tried.world.runners(), (true, false));
+    assert_eq!(tried.world.undone.load(Ordering::SeqCst), 1, "the vCPU runs on, told once");
+    assert_eq!(tried.error(), "cannot stop the stuck device: it does not answer");
+    let there = one_line(&*tried.arrived.err().unwrap());
+    assert!(there.ends_with("cannot stop the stuck device: it does not answer"), "{there}");
+}
+
+#[test]
+fn a_device_that_writes_memory_too_late_is_caught() {
+    let tried = moved(Fault::LateWriter, &options());
+    assert_eq!(tried.world.runners(), (true, false));
+    let error = "own writes wrote guest memory at 0x100000000 after the last of it was sent";
+    assert_eq!(tried.error(), error);
+}
+
+#[test]
+fn a_state_that_is_refused_leaves_the_guest_running() {
+    let tried = moved(Fault::BadState, &options());
+    assert_eq!(tried.world.runners(), (true, false));
+    assert!(tried.error().contains("a guest can only count so far"), "{}", tried.error());
+}
+
+#[test]
+fn a_guest_that_cannot_be_started_there_comes_back() {
+    let tried = moved(Fault::NoStart, &options());
+    assert_eq!(tried.world.runners(), (true, false));
+    assert_eq!(tried.status(), Status::Failed);
+    assert!(matches!(tried.sent.err().unwrap().error, Error::GivenBack));
+    assert!(matches!(tried.arrived.err().unwrap().error, Error::Start(_)));
+}
+
+#[test]
+fn memory_of_another_shape_is_a_mismatch() {
+    let world = Arc::<World>::default();
+    let guest = FakeGuest::new(&world, Fault::None);
+    let host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES + 1 };
+    let network = Network::new(Limits::NONE, Some(Limits::NONE));
+    let tried = try_moving(world, guest, host, network, &options());
+    assert!(matches!(tried.sent.err().unwrap().error, Error::Refused(_)));
+    assert_eq!(tried.world.runners(), (true, false));
+}
+
+#[test]
+fn a_migration_can_be_cancelled_at_every_stage() {
+    for stage in [Stage::Preparing, Stage::Copying, Stage::Stopped] {
+        let world = Arc::<World>::default();
+        let mut guest = FakeGuest::new(&world, Fault::None);
+        let (mut network, door) = Network::new(Limits::NONE, Some(Limits::NONE));
+        let mut host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES };
+        let done = Cancel::new();
+        let waits = done.clone();
+        let destination = thread::Builder::new().spawn(move || {
+            let progress = &mut |_: &Progress| {};
+            let watch = Watch { progress, cancel: waits, record: Box::new(NoRecord) };
+            receive(&mut host, door, &patience(), watch).err().unwrap()
+        });
+        let cancel = Cancel::new();
+        let wish = cancel.clone();
+        let progress = &mut move |progress: &Progress| {
+            if progress.stage == stage {
+                wish.cancel();
+            }
+        };
+        let watch = Watch { progress, cancel, record: Box::new(NoRecord) };
+        let failure = send(&mut guest, || network.connect(), &options(), watch).err().unwrap();
+        assert_eq!(failure.report.status, Status::Cancelled, "{stage:?}");
+        assert_eq!(world.runners(), (true, false));
+        assert!(guest.plan().stopped().is_none());
+        done.cancel();
+        let there = destination.unwrap().join().unwrap();
+        let told = one_line(&*there);
+        assert!(told.ends_with("cancelled"), "{stage:?}: {told}");
+    }
+}

@@ -1,0 +1,194 @@
+//! A network between two threads that breaks where a test wants it to.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
+
+use crate::wire::{Listener, Stream};
+
+/// How a connection breaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Break {
+    /// Both sides learn of it.
+    Shut,
+    /// Neither does: bytes vanish.
+    Hole,
+}
+
+/// How many bytes pass before a connection breaks: from the source, and to it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub(super) out: usize,
+    pub(super) back: usize,
+    pub(super) how: Break,
+}
+
+impl Limits {
+    pub(super) const NONE: Self = Self { out: usize::MAX, back: usize::MAX, how: Break::Shut };
+}
+
+/// The source's end of a connection.
+pub(super) struct Line {
+    stream: UnixStream,
+    limits: Limits,
+    broken: bool,
+    /// What passed, in both directions, for later.
+    passed: Arc<Mutex<(usize, usize)>>,
+}
+
+impl Line {
+    /// How many of `wanted` bytes pass; breaks the line if none do.
+    fn allowed(&mut self, left: usize, wanted: usize) -> io::Result<usize> {
+        if left == 0 && !self.broken {
+            self.broken = true;
+            if self.limits.how == Break::Shut {
+                self.stream.shutdown(Shutdown::Both)?;
+            }
+        }
+        match (self.broken, self.limits.how) {
+            (false, _) => Ok(wanted.min(left)),
+            (true, Break::Shut) => Ok(0),
+            (true, Break::Hole) => {
+                thread::sleep(Duration::from_millis(2));
+                Err(ErrorKind::WouldBlock.into())
+            }
+        }
+    }
+
+    fn outward(&mut self, wanted: usize) -> io::Result<usize> {
+        if self.broken && self.limits.how == Break::Shut {
+            return Err(ErrorKind::BrokenPipe.into());
+        }
+        match self.allowed(self.limits.out, wanted) {
+            Err(_) => Ok(wanted), // into the hole
+            Ok(0) => Err(ErrorKind::BrokenPipe.into()),
+            allowed => allowed,
+        }
+    }
+
+    fn went(&mut self, bytes: usize) -> usize {
+        self.limits.out = self.limits.out.saturating_sub(bytes);
+        self.passed.lock().unwrap().0 += bytes;
+        bytes
+    }
+
+    fn came(&mut self, bytes: usize) -> usize {
+        self.limits.back = self.limits.back.saturating_sub(bytes);
+        self.passed.lock().unwrap().1 += bytes;
+        bytes
+    }
+}
+
+impl Read for Line {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let allowed = self.allowed(self.limits.back, bytes.len())?;
+        let read = self.stream.read(&mut bytes[..allowed])?;
+        Ok(self.came(read))
+    }
+}
+
+impl Write for Line {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let allowed = self.outward(bytes.len())?;
+        if self.broken {
+            return Ok(allowed);
+        }
+        let written = self.stream.write(&bytes[..allowed])?;
+        Ok(self.went(written))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl ReadVolatile for Line {
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        _: &mut VolatileSlice<'_, B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        unreachable!("a source receives no memory")
+    }
+}
+
+impl WriteVolatile for Line {
+    fn write_volatile<B: BitmapSlice>(
+        &mut self,
+        memory: &VolatileSlice<'_, B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        let mut bytes = vec![0; memory.len()];
+        memory.copy_to(&mut bytes[..]);
+        self.write(&bytes).map_err(VolatileMemoryError::IOError)
+    }
+}
+
+impl Stream for Line {
+    fn set_timeout(&self, limit: Duration) -> io::Result<()> {
+        self.stream.set_timeout(limit)
+    }
+    fn peer(&self) -> String {
+        "the fake network".into()
+    }
+}
+
+/// The destination's end of the network.
+pub(super) struct Door(Receiver<UnixStream>);
+
+impl Listener for Door {
+    type Stream = UnixStream;
+
+    fn accept(&self, wait: Duration) -> io::Result<Option<UnixStream>> {
+        let wait = wait.min(Duration::from_millis(2));
+        match self.0.recv_timeout(wait) {
+            Ok(stream) => Ok(Some(stream)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => {
+                thread::sleep(wait);
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// The source's end of the network: what each next connection is like.
+pub(super) struct Network {
+    door: Sender<UnixStream>,
+    /// The first connection, then the others; none cannot be made.
+    pub(super) first: Option<Limits>,
+    pub(super) later: Option<Limits>,
+    pub(super) connections: usize,
+    /// Bytes that passed over the first connection, from the source and to it.
+    pub(super) passed: Arc<Mutex<(usize, usize)>>,
+}
+
+impl Network {
+    pub(super) fn new(first: Limits, later: Option<Limits>) -> (Self, Door) {
+        let (door, arrivals) = channel();
+        let (first, passed) = (Some(first), Arc::default());
+        (Self { door, first, later, connections: 0, passed }, Door(arrivals))
+    }
+
+    /// A connection that nobody counts.
+    pub(super) fn visit(&self) -> UnixStream {
+        let (stream, other) = UnixStream::pair().unwrap();
+        self.door.send(other).unwrap();
+        stream
+    }
+
+    pub(super) fn connect(&mut self) -> io::Result<Line> {
+        let limits = if self.connections == 0 { self.first } else { self.later };
+        self.connections += 1;
+        let limits = limits.ok_or(ErrorKind::ConnectionRefused)?;
+        let (stream, other) = UnixStream::pair()?;
+        self.door.send(other).map_err(|_| ErrorKind::ConnectionRefused)?;
+        let passed = if self.connections == 1 { self.passed.clone() } else { Arc::default() };
+        Ok(Line { stream, limits, broken: false, passed })
+    }
+}

@@ -1,0 +1,205 @@
+//! Visitors of a destination that are not uvmm, or bring no guest.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vm_memory::GuestAddress;
+
+use super::fake::{FakeHost, Fault, LOW_PAGES, World, ram};
+use super::journeys::patience;
+use super::network::{Limits, Network};
+use crate::answering::{Answering, Seat};
+use crate::compat::{Offer, Profile, Rule};
+use crate::destination::receive;
+use crate::error::one_line;
+use crate::handover::{Handover, TakingEvent, Token, Verdict};
+use crate::patience::Cancel;
+use crate::progress::{Progress, Watch};
+use crate::ram::{PAGE, Run, layout};
+use crate::record::NoRecord;
+use crate::wire::{Channel, Frame, Hello, Message, PeerError, Totals};
+
+/// What a destination says that meets each of `acts` in turn, and then is told to stop.
+fn visited(acts: Vec<Box<dyn FnOnce(UnixStream) + Send>>) -> (String, bool) {
+    let world = Arc::<World>::default();
+    let mut host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES };
+    let (network, door) = Network::new(Limits::NONE, None);
+    let cancel = Cancel::new();
+    let wish = cancel.clone();
+    let visitors = thread::Builder::new().spawn(move || {
+        for act in acts {
+            act(network.visit());
+        }
+        thread::sleep(Duration::from_millis(20));
+        wish.cancel();
+    });
+    let mut patience = patience();
+    patience.silence = Duration::from_millis(300);
+    let progress = &mut |_: &Progress| {};
+    let watch = Watch { progress, cancel, record: Box::new(NoRecord) };
+    let failure = receive(&mut host, door, &patience, watch).err().unwrap();
+    visitors.unwrap().join().unwrap();
+    (one_line(&*failure), world.runners().1)
+}
+
+fn offer() -> Message {
+    let offer = Offer {
+        name: "fake".into(),
+        config: vec![],
+        profile: Profile::new().with("device", Rule::Eq, "lamp").with("cpus", Rule::Eq, 1),
+        ram: layout(&ram(LOW_PAGES)),
+    };
+    Message::Offer { offer, dry_run: false }
+}
+
+/// Speaks as a source whose offer was accepted.
+fn source(stream: UnixStream) -> (Channel<UnixStream>, Token) {
+    let mut peer = Channel::new(stream, Duration::from_secs(1), Cancel::new()).unwrap();
+    peer.greet(Duration::from_secs(1)).unwrap();
+    peer.send(&offer()).unwrap();
+    match peer.receive_message(Duration::from_secs(1)).unwrap() {
+        Message::Accepted(token) => (peer, token),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn run(page: u64, pages: u64) -> Run {
+    Run { start: GuestAddress(page * PAGE), len: pages * PAGE }
+}
+
+#[test]
+fn strangers_do_not_end_the_wait() {
+    let (error, _) = visited(vec![
+        Box::new(drop),
+        Box::new(|mut stream| stream.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap()),
+        Box::new(|mut stream| stream.write_all(&Hello { versions: (9, 9) }.encode()).unwrap()),
+        Box::new(|stream| drop(source(stream))),
+        Box::new(|stream| {
+            let mut peer = Channel::new(stream, Duration::from_secs(1), Cancel::new()).unwrap();
+            peer.greet(Duration::from_secs(1)).unwrap();
+            peer.send(&Message::Query(Token::random().unwrap())).unwrap();
+            let answer = peer.receive_message(Duration::from_secs(1)).unwrap();
+            assert_eq!(answer, Message::Answer(Verdict::Unknown));
+        }),
+    ]);
+    assert_eq!(error, "cancelled");
+}
+
+#[test]
+fn memory_outside_of_memory_is_refused() {
+    for outside in [run(LOW_PAGES, 1), run(LOW_PAGES - 1, 2), run(1 << 40, 1)] {
+        let (error, _) = visited(vec![Box::new(move |stream| {
+            let (mut peer, _) = source(stream);
+            peer.send_zero(outside).unwrap();
+            let said = peer
+                .send(&Message::RoundEnd)
+                .and_then(|()| peer.receive_message(Duration::from_secs(1)));
+            assert!(matches!(said, Err(PeerError::GaveUp { .. })), "{said:?}");
+        })]);
+        assert!(error.contains("where no memory is"), "{error}");
+    }
+}
+
+#[test]
+fn commit_without_a_whole_guest_runs_nothing() {
+    type Lie = fn(&mut Channel<UnixStream>, Token) -> Result<(), PeerError>;
+    let lies: [(&str, Lie); 4] = [
+        ("unexpected COMMIT", |peer, token| {
+            peer.send_zero(run(0, 1))?;
+            peer.send(&Message::Commit(token))
+        }),
+        ("only a part of the memory", |peer, token| {
+            peer.send_zero(run(0, 1))?;
+            peer.send_state(&[])?;
+            peer.send(&Message::End(peer.totals()))?;
+            peer.send(&Message::Commit(token))
+        }),
+        ("what arrived is not what was sent", |peer, token| {
+            peer.send_zero(run(0, LOW_PAGES))?;
+            peer.send_zero(Run { start: GuestAddress(1 << 32), len: 4 * PAGE })?;
+            peer.send_state(&[])?;
+            peer.send(&Message::End(Totals { pages: 1, ..peer.totals() }))?;
+            peer.send(&Message::Commit(token))
+        }),
+        ("lacks counter", |peer, token| {
+            peer.send_zero(run(0, LOW_PAGES))?;
+            peer.send_zero(Run { start: GuestAddress(1 << 32), len: 4 * PAGE })?;
+            peer.send_state(&[])?;
+            peer.send(&Message::End(peer.totals()))?;
+            peer.send(&Message::Commit(token))
+        }),
+    ];
+    for (why, lie) in lies {
+        let (error, ran) = visited(vec![Box::new(move |stream| {
+            let (mut peer, token) = source(stream);
+            let _sent = lie(&mut peer, token); // it may hang up on us
+            while peer.receive(Duration::from_secs(1)).is_ok() {}
+        })]);
+        assert!(!ran);
+        assert!(error.contains(why), "{error}");
+    }
+}
+
+#[test]
+fn a_source_that_stalls_keeps_nobody_for_ever() {
+    let start = Instant::now();
+    let (error, ran) = visited(vec![Box::new(|stream| {
+        let (mut peer, _) = source(stream);
+        peer.send_zero(run(0, 1)).unwrap();
+        peer.flush().unwrap();
+        while peer.receive(Duration::from_secs(1)).is_ok() {}
+    })]);
+    assert!(!ran && start.elapsed() < Duration::from_secs(2));
+    assert!(error.contains("did not move for 0.3"), "{error}");
+}
+
+#[test]
+fn a_wrong_checksum_of_memory_is_noticed() {
+    let (error, _) = visited(vec![Box::new(|stream| {
+        let mut raw = stream.try_clone().unwrap();
+        let (mut peer, _) = source(stream);
+        let frame = Frame::Ram { run: run(0, 1), checked: true };
+        raw.write_all(&frame.encode()).unwrap();
+        raw.write_all(&[5; 4096]).unwrap();
+        raw.write_all(&(crc32fast::hash(&[5; 4096]) ^ 1).to_le_bytes()).unwrap();
+        while peer.receive(Duration::from_secs(1)).is_ok() {}
+    })]);
+    assert!(error.contains("memory with a wrong checksum"), "{error}");
+}
+
+#[test]
+fn a_busy_destination_says_so() {
+    let token = Token::random().unwrap();
+    let mut handover = Handover::taking(token, Box::new(NoRecord));
+    handover.advance(TakingEvent::Loaded).unwrap();
+    let (network, door) = Network::new(Limits::NONE, None);
+    let decided = Cancel::new();
+    let desk = Answering::start(door, Seat::new(handover), patience(), decided.clone()).unwrap();
+    let greeted = || {
+        let mut peer =
+            Channel::new(network.visit(), Duration::from_secs(1), Cancel::new()).unwrap();
+        peer.greet(Duration::from_secs(1)).unwrap();
+        peer
+    };
+    let mut peer = greeted();
+    peer.send(&offer()).unwrap();
+    let said = peer.receive_message(Duration::from_secs(1)).unwrap_err();
+    assert!(matches!(said, PeerError::GaveUp { .. }), "{said}");
+
+    let ask = |token| {
+        let mut peer = greeted();
+        peer.send(&Message::Query(token)).unwrap();
+        (peer.receive_message(Duration::from_secs(1)).unwrap(), peer)
+    };
+    let (answer, _) = ask(Token::random().unwrap());
+    assert_eq!(answer, Message::Answer(Verdict::Unknown));
+    assert!(!decided.is_cancelled(), "who does not know the token decides nothing");
+    let (answer, mut peer) = ask(token);
+    assert_eq!(answer, Message::Answer(Verdict::Refused));
+    assert!(decided.is_cancelled());
+    peer.send(&Message::Done(token)).unwrap();
+    desk.wait();
+}

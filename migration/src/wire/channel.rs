@@ -1,0 +1,276 @@
+//! Greeting, frames and messages over a connection.
+
+use std::time::{Duration, Instant};
+
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
+use super::frame::HEADER;
+use super::hello::{self, could_be};
+use super::link::{Link, SMALL};
+use super::{Frame, Hello, MESSAGE_LIMIT, Message, PeerError, Stream, Totals, VERSIONS};
+use crate::patience::Cancel;
+use crate::ram::Run;
+use crate::state::decode_exact;
+
+/// The longest text that a peer may have printed here, in characters.
+const WORDS: usize = 400;
+
+/// A connection to a peer.
+pub struct Channel<S> {
+    link: Link<S>,
+    /// Holds memory still where its checksum is wanted.
+    scratch: Vec<u8>,
+    totals: Totals,
+}
+
+/// What [`Channel::receive`] gives.
+pub(crate) enum Received {
+    Message(Message),
+    Ram { run: Run, checked: bool },
+    Zero(Run),
+    State(Vec<u8>),
+}
+
+impl<S: Stream> Channel<S> {
+    /// A channel over `stream` that gives up after `silence` without a byte, or when cancelled.
+    pub fn new(stream: S, silence: Duration, cancel: Cancel) -> Result<Self, PeerError> {
+        let link = Link::new(stream, silence, cancel)?;
+        Ok(Self { link, scratch: Vec::new(), totals: Totals::default() })
+    }
+
+    /// Says what is going on from here, for errors: `while sending memory`.
+    pub fn now(&mut self, during: &'static str) {
+        self.link.during = during;
+    }
+
+    /// From here everything must be over at `deadline`, besides the bound on each silence.
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.link.deadline = deadline;
+    }
+
+    /// From here only `cancel` counts.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.link.cancel = cancel;
+    }
+
+    /// All memory and state so far.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// Bytes so far, in both directions.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.link.sent + self.link.received
+    }
+
+    /// Bytes per second that it carried while it was used; none if too few to tell.
+    #[must_use]
+    pub fn rate(&self) -> Option<f64> {
+        const TELLING: u64 = 1 << 20;
+        let (bytes, busy) = (self.bytes(), self.link.busy.as_secs_f64());
+        (bytes >= TELLING && busy > 0.0).then(|| bytes as f64 / busy)
+    }
+
+    /// Greets first, and checks the answer.
+    pub fn greet(&mut self, limit: Duration) -> Result<(), PeerError> {
+        self.link.gather(&Hello::OURS.encode());
+        self.link.flush()?;
+        self.greeted(limit)
+    }
+
+    /// Waits for a greeting and answers it.
+    pub fn answer_greeting(&mut self, limit: Duration) -> Result<(), PeerError> {
+        let understood = self.greeted(limit);
+        if matches!(understood, Ok(()) | Err(PeerError::Version { .. })) {
+            self.link.gather(&Hello::OURS.encode());
+            self.link.flush()?;
+        }
+        understood
+    }
+
+    fn greeted(&mut self, limit: Duration) -> Result<(), PeerError> {
+        let until = Instant::now() + limit;
+        while self.link.ahead().len() < hello::SIZE && could_be(self.link.ahead()) {
+            match self.link.fill(until) {
+                Err(PeerError::Closed { .. }) if !self.link.ahead().is_empty() => break,
+                filled => filled?,
+            }
+        }
+        let first = self.link.take(hello::SIZE);
+        let Some(theirs) = first.first_chunk().copied().and_then(Hello::decode) else {
+            let first = first.escape_ascii().to_string();
+            return Err(PeerError::NotUvmm { peer: self.link.peer.clone(), first });
+        };
+        match Hello::OURS.common(theirs) {
+            Some(_) => Ok(()),
+            None => Err(PeerError::Version {
+                peer: self.link.peer.clone(),
+                theirs: theirs.versions,
+                ours: VERSIONS,
+            }),
+        }
+    }
+
+    /// Sends a message, and all that was gathered before it.
+    pub fn send(&mut self, message: &Message) -> Result<(), PeerError> {
+        let bytes = postcard::to_stdvec(message).expect("messages are plain data");
+        if bytes.len() > MESSAGE_LIMIT {
+            return Err(PeerError::TooLarge { size: bytes.len(), limit: MESSAGE_LIMIT });
+        }
+        self.link.gather(&Frame::Message { len: bytes.len() }.encode());
+        self.link.gather(&bytes);
+        self.link.flush()
+    }
+
+    /// Tells, without believing in it, that it ends here and why.
+    pub fn give_up(&mut self, why: &str) {
+        let bound = Instant::now() + Duration::from_secs(1);
+        self.link.deadline = Some(self.link.deadline.map_or(bound, |given| given.min(bound)));
+        self.link.cancel = Cancel::new();
+        self.link.forget();
+        let why = why.chars().take(WORDS).collect();
+        if let Err(error) = self.send(&Message::GaveUp(why)) {
+            tracing::debug!(%error, "the peer will not learn why");
+        }
+    }
+
+    /// What the peer said before it hung up, if it said why; else `error`.
+    pub fn last_words(&mut self, error: PeerError) -> PeerError {
+        const MOMENT: Duration = Duration::from_millis(200);
+        if matches!(error, PeerError::GaveUp { .. }) {
+            return error;
+        }
+        self.link.deadline = Some(Instant::now() + MOMENT);
+        loop {
+            match self.receive_message(MOMENT) {
+                Ok(_) => {}
+                Err(said @ PeerError::GaveUp { .. }) => return said,
+                Err(_) => return error,
+            }
+        }
+    }
+
+    /// Sends the pages of `run`, which `slice` holds; with a checksum if `checked`.
+    pub(crate) fn send_ram<B: BitmapSlice>(
+        &mut self,
+        run: Run,
+        slice: &VolatileSlice<'_, B>,
+        checked: bool,
+    ) -> Result<(), PeerError> {
+        let header = Frame::Ram { run, checked }.encode();
+        self.totals.ram(run, header);
+        self.link.gather(&header);
+        if !checked && slice.len() > SMALL {
+            self.link.flush()?;
+            return self.link.write_memory(slice);
+        }
+        // The guest may be writing: what is summed up must be what is sent.
+        self.scratch.resize(slice.len(), 0);
+        slice.copy_to(&mut self.scratch[..]);
+        self.link.gather(&self.scratch);
+        if checked {
+            self.link.gather(&crc32fast::hash(&self.scratch).to_le_bytes());
+        }
+        self.link.flush_much()
+    }
+
+    /// Tells that the pages of `run` are zero.
+    pub(crate) fn send_zero(&mut self, run: Run) -> Result<(), PeerError> {
+        let header = Frame::Zero { run }.encode();
+        self.totals.zero(run, header);
+        self.link.gather(&header);
+        self.link.flush_much()
+    }
+
+    /// Sends all that was gathered.
+    pub(crate) fn flush(&mut self) -> Result<(), PeerError> {
+        self.link.flush()
+    }
+
+    /// Sends the state.
+    pub(crate) fn send_state(&mut self, state: &[u8]) -> Result<(), PeerError> {
+        let header = Frame::State { len: state.len() }.encode();
+        self.totals.state(state, header);
+        self.link.gather(&header);
+        self.link.flush()?;
+        self.link.write_all(state)
+    }
+
+    /// Waits at most `limit` for what comes next. The content of memory is for the caller to read.
+    pub(crate) fn receive(&mut self, limit: Duration) -> Result<Received, PeerError> {
+        let until = Instant::now() + limit;
+        let mut header = [0; HEADER];
+        self.link.read_exact(&mut header, Some(until))?;
+        match Frame::decode(header).map_err(|what| self.garbage(what))? {
+            Frame::Ram { run, checked } => {
+                self.totals.ram(run, header);
+                Ok(Received::Ram { run, checked })
+            }
+            Frame::Zero { run } => {
+                self.totals.zero(run, header);
+                Ok(Received::Zero(run))
+            }
+            Frame::State { len } => {
+                let state = self.link.read_vec(len, None)?;
+                self.totals.state(&state, header);
+                Ok(Received::State(state))
+            }
+            Frame::Message { len } => {
+                let bytes = self.link.read_vec(len, Some(until))?;
+                match decode_exact(&bytes) {
+                    Ok(Message::GaveUp(why)) => Err(self.gave_up(&why)),
+                    Ok(message) => Ok(Received::Message(message)),
+                    Err(_) => Err(self.garbage("a message that does not decode".into())),
+                }
+            }
+        }
+    }
+
+    /// Waits at most `limit` for a message.
+    pub fn receive_message(&mut self, limit: Duration) -> Result<Message, PeerError> {
+        match self.receive(limit)? {
+            Received::Message(message) => Ok(message),
+            Received::Ram { .. } | Received::Zero(_) => Err(self.garbage("memory".into())),
+            Received::State(_) => Err(self.garbage("state".into())),
+        }
+    }
+
+    /// Reads the content of pages into `slice`.
+    pub(crate) fn read_ram<B: BitmapSlice>(
+        &mut self,
+        slice: &VolatileSlice<'_, B>,
+        checked: bool,
+    ) -> Result<(), PeerError> {
+        self.link.read_memory(slice)?;
+        if checked {
+            let mut sum = [0; 4];
+            self.link.read_exact(&mut sum, None)?;
+            self.scratch.resize(slice.len(), 0);
+            slice.copy_to(&mut self.scratch[..]);
+            if crc32fast::hash(&self.scratch) != u32::from_le_bytes(sum) {
+                return Err(self.garbage("memory with a wrong checksum".into()));
+            }
+        }
+        Ok(())
+    }
+
+    /// An error for a message that does not belong here.
+    #[must_use]
+    pub fn unexpected(&self, message: &Message) -> PeerError {
+        self.garbage(format!("an unexpected {}", message.name()))
+    }
+
+    /// An error for something that no uvmm sends.
+    #[must_use]
+    pub fn garbage(&self, what: String) -> PeerError {
+        PeerError::Garbage { peer: self.link.peer.clone(), during: self.link.during, what }
+    }
+
+    fn gave_up(&self, why: &str) -> PeerError {
+        let why = why.chars().take(WORDS).flat_map(char::escape_debug).collect();
+        PeerError::GaveUp { peer: self.link.peer.clone(), during: self.link.during, why }
+    }
+}

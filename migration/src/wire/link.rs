@@ -1,0 +1,263 @@
+//! Bytes over a connection, in and out, without a wait that has no bound.
+
+use std::io::{self, ErrorKind};
+use std::time::{Duration, Instant};
+
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{VolatileMemoryError, VolatileSlice};
+
+use super::{PeerError, Stream};
+use crate::patience::{Cancel, TICK};
+
+/// How much is read ahead, and gathered before it is written.
+const BUFFER: usize = 64 << 10;
+/// Memory up to this size is gathered rather than moved on its own.
+pub(super) const SMALL: usize = 16 << 10;
+/// How much is believed before it arrives.
+const STEP: usize = 1 << 20;
+
+/// A connection, read ahead and written gathered.
+pub(super) struct Link<S> {
+    stream: S,
+    pub(super) peer: String,
+    /// What is going on, for errors.
+    pub(super) during: &'static str,
+    pub(super) deadline: Option<Instant>,
+    pub(super) cancel: Cancel,
+    silence: Duration,
+    /// What was read ahead: `input[taken..filled]`.
+    input: Box<[u8]>,
+    taken: usize,
+    filled: usize,
+    output: Vec<u8>,
+    pub(super) sent: u64,
+    pub(super) received: u64,
+    pub(super) busy: Duration,
+}
+
+impl<S: Stream> Link<S> {
+    pub(super) fn new(stream: S, silence: Duration, cancel: Cancel) -> Result<Self, PeerError> {
+        let (peer, during) = (stream.peer(), "while greeting");
+        stream.set_timeout(TICK).map_err(|source| PeerError::Io {
+            peer: peer.clone(),
+            during,
+            source,
+        })?;
+        Ok(Self {
+            stream,
+            peer,
+            during,
+            deadline: None,
+            cancel,
+            silence,
+            input: vec![0; BUFFER].into(),
+            taken: 0,
+            filled: 0,
+            output: Vec::with_capacity(BUFFER + SMALL),
+            sent: 0,
+            received: 0,
+            busy: Duration::ZERO,
+        })
+    }
+
+    /// What was read and not taken yet.
+    pub(super) fn ahead(&self) -> &[u8] {
+        &self.input[self.taken..self.filled]
+    }
+
+    /// Takes up to `most` bytes of what was read.
+    pub(super) fn take(&mut self, most: usize) -> &[u8] {
+        let from = self.taken;
+        self.taken += most.min(self.ahead().len());
+        &self.input[from..self.taken]
+    }
+
+    /// Reads ahead what there is, at least a byte. Whoever calls this took most of what was.
+    pub(super) fn fill(&mut self, until: Instant) -> Result<(), PeerError> {
+        self.input.copy_within(self.taken..self.filled, 0);
+        self.filled -= std::mem::take(&mut self.taken);
+        let read =
+            self.patiently(until, |link| link.stream.read(&mut link.input[link.filled..]))?;
+        self.filled += read;
+        self.received += read as u64;
+        Ok(())
+    }
+
+    /// Fills `bytes`: all before `until`, or else each before the silence gets too long.
+    pub(super) fn read_exact(
+        &mut self,
+        mut bytes: &mut [u8],
+        until: Option<Instant>,
+    ) -> Result<(), PeerError> {
+        while !bytes.is_empty() {
+            if self.ahead().is_empty() {
+                self.fill(until.unwrap_or_else(|| self.soon()))?;
+            }
+            let here = self.take(bytes.len());
+            let (filled, rest) = bytes.split_at_mut(here.len());
+            filled.copy_from_slice(here);
+            bytes = rest;
+        }
+        Ok(())
+    }
+
+    /// Reads `len` bytes; allocates as they arrive.
+    pub(super) fn read_vec(
+        &mut self,
+        len: usize,
+        until: Option<Instant>,
+    ) -> Result<Vec<u8>, PeerError> {
+        let mut bytes = Vec::new();
+        while bytes.len() < len {
+            let start = bytes.len();
+            bytes.resize(len.min(start + STEP), 0);
+            self.read_exact(&mut bytes[start..], until)?;
+        }
+        Ok(bytes)
+    }
+
+    /// Fills `slice`; what is large goes straight from the socket to the guest.
+    pub(super) fn read_memory<B: BitmapSlice>(
+        &mut self,
+        slice: &VolatileSlice<'_, B>,
+    ) -> Result<(), PeerError> {
+        let mut done = 0;
+        while done < slice.len() {
+            let mut rest = slice.offset(done).map_err(|error| self.broken(error))?;
+            if self.ahead().is_empty() && rest.len() >= SMALL {
+                let read = self.patiently(self.soon(), |link| {
+                    link.stream.read_volatile(&mut rest).map_err(io_error)
+                })?;
+                self.received += read as u64;
+                done += read;
+                continue;
+            }
+            if self.ahead().is_empty() {
+                self.fill(self.soon())?;
+            }
+            let here = self.take(rest.len());
+            rest.copy_from(here);
+            done += here.len();
+        }
+        Ok(())
+    }
+
+    /// Gathers `bytes`, to be written with what follows.
+    pub(super) fn gather(&mut self, bytes: &[u8]) {
+        self.output.extend(bytes);
+    }
+
+    /// Forgets what was gathered.
+    pub(super) fn forget(&mut self) {
+        self.output.clear();
+    }
+
+    /// Writes what was gathered if it is much; else heeds a wish to stop.
+    pub(super) fn flush_much(&mut self) -> Result<(), PeerError> {
+        if self.output.len() < BUFFER { self.look_up() } else { self.flush() }
+    }
+
+    /// Writes what was gathered.
+    pub(super) fn flush(&mut self) -> Result<(), PeerError> {
+        let output = std::mem::take(&mut self.output);
+        let written = self.write_all(&output);
+        self.output = output;
+        self.output.clear();
+        written
+    }
+
+    /// Writes `bytes`, ahead of which nothing is gathered.
+    pub(super) fn write_all(&mut self, mut bytes: &[u8]) -> Result<(), PeerError> {
+        while !bytes.is_empty() {
+            let written = self.patiently(self.soon(), |link| link.stream.write(bytes))?;
+            self.sent += written as u64;
+            bytes = &bytes[written..];
+        }
+        Ok(())
+    }
+
+    /// Writes `slice` straight from the guest, ahead of which nothing is gathered.
+    pub(super) fn write_memory<B: BitmapSlice>(
+        &mut self,
+        slice: &VolatileSlice<'_, B>,
+    ) -> Result<(), PeerError> {
+        let mut done = 0;
+        while done < slice.len() {
+            let rest = slice.offset(done).map_err(|error| self.broken(error))?;
+            let written = self.patiently(self.soon(), |link| {
+                link.stream.write_volatile(&rest).map_err(io_error)
+            })?;
+            self.sent += written as u64;
+            done += written;
+        }
+        Ok(())
+    }
+
+    /// When the next byte is due.
+    fn soon(&self) -> Instant {
+        Instant::now() + self.silence
+    }
+
+    /// Heeds a wish to stop.
+    fn look_up(&self) -> Result<(), PeerError> {
+        if self.cancel.is_cancelled() { Err(PeerError::Cancelled) } else { Ok(()) }
+    }
+
+    /// Repeats a read or write that timed out, until it moved at least a byte.
+    fn patiently(
+        &mut self,
+        until: Instant,
+        mut attempt: impl FnMut(&mut Self) -> io::Result<usize>,
+    ) -> Result<usize, PeerError> {
+        let start = Instant::now();
+        let until = self.deadline.map_or(until, |deadline| deadline.min(until));
+        let mut now = start;
+        loop {
+            self.look_up()?;
+            // Also before the first attempt: a peer that sends now and then a byte is never silent.
+            if now >= until {
+                return Err(self.stalled(now - start));
+            }
+            let outcome = attempt(self);
+            now = Instant::now();
+            match outcome {
+                Ok(0) => return Err(self.closed()),
+                Ok(moved) => {
+                    self.busy += now - start;
+                    return Ok(moved);
+                }
+                Err(error) => match error.kind() {
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted => {}
+                    ErrorKind::ConnectionReset
+                    | ErrorKind::ConnectionAborted
+                    | ErrorKind::BrokenPipe
+                    | ErrorKind::UnexpectedEof => return Err(self.closed()),
+                    _ => return Err(self.io(error)),
+                },
+            }
+        }
+    }
+
+    fn closed(&self) -> PeerError {
+        PeerError::Closed { peer: self.peer.clone(), during: self.during }
+    }
+
+    fn stalled(&self, after: Duration) -> PeerError {
+        PeerError::Stalled { peer: self.peer.clone(), during: self.during, after }
+    }
+
+    fn io(&self, source: io::Error) -> PeerError {
+        PeerError::Io { peer: self.peer.clone(), during: self.during, source }
+    }
+
+    fn broken(&self, error: VolatileMemoryError) -> PeerError {
+        self.io(io_error(error))
+    }
+}
+
+fn io_error(error: VolatileMemoryError) -> io::Error {
+    match error {
+        VolatileMemoryError::IOError(error) => error,
+        other => io::Error::other(other),
+    }
+}

@@ -1,0 +1,102 @@
+//! What the two sides say to each other.
+
+use serde::{Deserialize, Serialize};
+
+use super::frame::HEADER;
+use crate::compat::{Mismatch, Offer};
+use crate::handover::{Token, Verdict};
+use crate::ram::{PAGE, Run};
+
+/// What the two sides say to each other, besides memory and state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    /// Source: this is the guest. A dry run ends with the answer.
+    Offer {
+        /// The guest.
+        offer: Offer,
+        /// Only asking.
+        dry_run: bool,
+    },
+    /// Destination: the machine is built; the migration has this name from now on.
+    Accepted(Token),
+    /// Destination: all that stands against it.
+    Mismatched(Vec<Mismatch>),
+    /// Source: a pass over memory ends here.
+    RoundEnd,
+    /// Destination: and all of it arrived.
+    RoundTaken,
+    /// Source: everything was sent.
+    End(Totals),
+    /// Destination: everything is loaded, and nothing runs.
+    Ready(Token),
+    /// Source: the guest is yours.
+    Commit(Token),
+    /// Destination: it runs.
+    Running(Token),
+    /// Source: nobody will ask any more.
+    Done(Token),
+    /// Source, on a new connection: who has the guest?
+    Query(Token),
+    /// Destination: the answer to that.
+    Answer(Verdict),
+    /// Either: it ends here, and why.
+    GaveUp(String),
+}
+
+impl Message {
+    /// Its name, for errors.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Offer { .. } => "OFFER",
+            Self::Accepted(_) => "ACCEPTED",
+            Self::Mismatched(_) => "MISMATCHED",
+            Self::RoundEnd => "ROUND END",
+            Self::RoundTaken => "ROUND TAKEN",
+            Self::End(_) => "END",
+            Self::Ready(_) => "READY",
+            Self::Commit(_) => "COMMIT",
+            Self::Running(_) => "RUNNING",
+            Self::Done(_) => "DONE",
+            Self::Query(_) => "QUERY",
+            Self::Answer(_) => "ANSWER",
+            Self::GaveUp(_) => "GAVE UP",
+        }
+    }
+}
+
+/// All memory and state that went over a channel; both sides count, and compare at the end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Pages sent with their content; a page counts each time.
+    pub pages: u64,
+    /// Pages of which only was told that they are zero.
+    pub zero_pages: u64,
+    /// Bytes of state.
+    pub state_bytes: u64,
+    /// CRC-32 of all headers of memory and state, in order, and of the state.
+    pub checksum: u32,
+}
+
+impl Totals {
+    pub(super) fn ram(&mut self, run: Run, header: [u8; HEADER]) {
+        self.pages += run.len / PAGE;
+        self.sum(&header);
+    }
+
+    pub(super) fn zero(&mut self, run: Run, header: [u8; HEADER]) {
+        self.zero_pages += run.len / PAGE;
+        self.sum(&header);
+    }
+
+    pub(super) fn state(&mut self, state: &[u8], header: [u8; HEADER]) {
+        self.state_bytes += state.len() as u64;
+        self.sum(&header);
+        self.sum(state);
+    }
+
+    fn sum(&mut self, bytes: &[u8]) {
+        let mut sum = crc32fast::Hasher::new_with_initial(self.checksum);
+        sum.update(bytes);
+        self.checksum = sum.finalize();
+    }
+}

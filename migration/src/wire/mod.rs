@@ -1,0 +1,19 @@
+//! What goes over the connection: a frozen greeting, then frames.
+
+mod channel;
+mod error;
+mod frame;
+mod hello;
+mod link;
+mod message;
+mod pace;
+mod stream;
+
+pub use channel::Channel;
+pub(crate) use channel::Received;
+pub use error::PeerError;
+pub use frame::{FRAME_LIMIT, Frame, MESSAGE_LIMIT};
+pub use hello::{Hello, VERSIONS};
+pub use message::{Message, Totals};
+pub(crate) use pace::Pace;
+pub use stream::{Listener, Stream, connect_tcp, listen_tcp};
