@@ -176,11 +176,11 @@ impl Host for Builder {
         let blueprint: Blueprint = decode_exact(&offer.config)
             .map_err(|error| refusal("machine", "a machine", cause::chain(&error), SAME_UVMM))?;
         let config = &blueprint.machine;
-        config.check().map_err(|error| {
-            refusal("machine", &format!("{config:?}"), cause::chain(&error), SAME_UVMM)
+        config.check().and_then(|()| config.check_host(self.host.hugepages)).map_err(|error| {
+            refusal("machine", &format!("{config:?}"), cause::chain(&error), CHOOSE_ANOTHER)
         })?;
         let machine = Machine::empty(config, &self.host).map_err(|error| {
-            refusal("host", "a new machine", cause::chain(&error), "see what the cause says")
+            refusal("host", "a new machine", cause::chain(&error), CHOOSE_ANOTHER)
         })?;
         let have = profile::of_machine(machine.vm(), machine.tsc_khz(), guest_tsc_khz(offer))
             .map_err(|error| {
@@ -200,6 +200,7 @@ impl Host for Builder {
     }
 }
 
+const CHOOSE_ANOTHER: &str = "mend that, or choose another host";
 const SAME_UVMM: &str = "use the same uvmm on both sides";
 
 fn refusal(path: &str, wanted: &str, found: String, remedy: &str) -> Vec<Mismatch> {

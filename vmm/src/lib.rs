@@ -18,6 +18,6 @@ mod memory;
 mod migrate;
 mod power;
 pub mod progress;
-pub mod session;
+mod session;
 pub mod signals;
 mod vcpu;

@@ -15,7 +15,7 @@ pub(crate) use migration::ram::Ram;
 
 /// Why there is no RAM for the guest.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The kernel gives no memory file of that size.
     #[error("cannot have {} MiB of guest memory{}", .bytes >> 20, remedy(*.hugepages))]
     Allocate {

@@ -42,7 +42,7 @@ pub(super) struct Loaded {
 
 /// Why a guest cannot be started.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// A file cannot be read.
     #[error("cannot read the {what} {}", path.display())]
     Read {

@@ -14,9 +14,10 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::cause;
-use crate::config::{RunConfig, VmName};
+use crate::config::VmName;
 use crate::control::{Client, Request, RuntimeDir};
 use crate::doctor;
+use crate::session::{self, Ending};
 
 const EXIT_STATUS: &str = "\
 Exit status:
@@ -84,29 +85,15 @@ impl Vm {
     }
 }
 
-/// How `uvmm run` ended, when it began at all.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ended {
-    /// The guest powered off, was stopped, or the user quit.
-    Off,
-    /// It runs on another host.
-    MovedAway,
-    /// It died, and this is why.
-    Died(String),
-    /// The process got this signal.
-    Signal(i32),
-}
-
 type Failure = Box<dyn Error>;
 type Outcome = Result<ExitCode, Failure>;
 
 /// Parses the command line, does what it says, reports errors, one line each, and returns the
 /// exit status.
-///
-/// `start` runs a VM to its end.
-pub fn main(start: impl FnOnce(RunConfig) -> Result<Ended, Failure>) -> ExitCode {
+#[must_use]
+pub fn main() -> ExitCode {
     let outcome = match Cli::try_parse() {
-        Ok(cli) => obey(cli.command, start),
+        Ok(cli) => obey(cli.command),
         Err(error) if error.use_stderr() => {
             complain(&usage(&error.to_string()));
             return ExitCode::from(2);
@@ -119,9 +106,9 @@ pub fn main(start: impl FnOnce(RunConfig) -> Result<Ended, Failure>) -> ExitCode
     })
 }
 
-fn obey(command: Command, start: impl FnOnce(RunConfig) -> Result<Ended, Failure>) -> Outcome {
+fn obey(command: Command) -> Outcome {
     match command {
-        Command::Run(args) => Ok(report_end(start(args.begin()?)?)),
+        Command::Run(args) => Ok(report_end(session::run(args.begin()?)?)),
         Command::Migrate(args) => args.migrate(),
         Command::Cancel(vm) => vm.tell(&Request::Cancel {}),
         Command::Resolve(args) => args.resolve(),
@@ -139,14 +126,14 @@ fn obey(command: Command, start: impl FnOnce(RunConfig) -> Result<Ended, Failure
     }
 }
 
-fn report_end(ended: Ended) -> ExitCode {
-    match ended {
-        Ended::Off | Ended::MovedAway => ExitCode::SUCCESS,
-        Ended::Died(why) => {
+fn report_end(ending: Ending) -> ExitCode {
+    match ending {
+        Ending::Off | Ending::Quit | Ending::Migrated => ExitCode::SUCCESS,
+        Ending::Died(why) => {
             complain(&format!("the guest died: {}", cause::one_line(&why)));
             ExitCode::from(3)
         }
-        Ended::Signal(number) => ExitCode::from(128 + u8::try_from(number & 0x7f).unwrap_or(0)),
+        Ending::Signal(number) => ExitCode::from(128 + u8::try_from(number & 0x7f).unwrap_or(0)),
     }
 }
 
@@ -212,8 +199,8 @@ mod tests {
 
     #[test]
     fn a_dead_guest_and_a_signal_have_exit_statuses_of_their_own() {
-        assert_eq!(report_end(Ended::Off), ExitCode::SUCCESS);
-        assert_eq!(report_end(Ended::Died("triple fault".into())), ExitCode::from(3));
-        assert_eq!(report_end(Ended::Signal(15)), ExitCode::from(143));
+        assert_eq!(report_end(Ending::Off), ExitCode::SUCCESS);
+        assert_eq!(report_end(Ending::Died("triple fault".into())), ExitCode::from(3));
+        assert_eq!(report_end(Ending::Signal(15)), ExitCode::from(143));
     }
 }

@@ -45,7 +45,8 @@ pub(super) struct RunArgs {
     /// Where the serial line goes: stdio, null, file=F or socket=F [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialMode>,
-    /// Wait at tcp:ADDR:PORT or unix:PATH for a guest that is migrated here
+    /// Wait at tcp:ADDR:PORT or unix:PATH for a guest that is migrated here; memory and vCPUs are
+    /// then those of that guest, and --kernel is what it boots if it asks for a reset
     #[arg(long, value_name = "ADDRESS")]
     incoming: Option<Address>,
     /// Append the log to this file instead of writing it to standard error

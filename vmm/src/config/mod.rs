@@ -30,7 +30,7 @@ pub const CPUS: RangeInclusive<u8> = 1..=8;
 pub struct RunConfig {
     /// The VM's name; `None` takes the lowest free of `vm0`, `vm1`, ….
     pub name: Option<VmName>,
-    /// What the guest boots. Not used when `incoming` is set.
+    /// What the guest boots. One that is migrated here boots it when it asks for a reset.
     pub boot: Boot,
     /// What the guest sees.
     pub machine: MachineConfig,
@@ -122,9 +122,6 @@ pub enum ConfigError {
     /// Something that only a kernel can use.
     #[error("{0} needs --kernel: the built-in guest takes none")]
     NeedsKernel(&'static str),
-    /// A migrated guest brings its kernel along.
-    #[error("{0} and --incoming exclude each other: a migrated guest is already booted")]
-    BootsAndWaits(&'static str),
 }
 
 impl MachineConfig {
@@ -147,6 +144,14 @@ impl MachineConfig {
         }
         Ok(())
     }
+
+    /// Checks whether this host can give it memory, in pages of the size asked for.
+    ///
+    /// # Errors
+    /// There is not enough, or there are no such pages.
+    pub fn check_host(&self, hugepages: Option<HugePages>) -> Result<(), ConfigError> {
+        host::check_memory(self.memory, hugepages)
+    }
 }
 
 impl RunConfig {
@@ -156,7 +161,7 @@ impl RunConfig {
     /// The first thing that makes no VM, here or on this host.
     pub fn check(&self) -> Result<(), ConfigError> {
         self.machine.check()?;
-        host::check_memory(self.machine.memory, self.hugepages)?;
+        self.machine.check_host(self.hugepages)?;
         let Boot { kernel, initrd, cmdline } = &self.boot;
         let given = [
             ("--kernel", kernel.is_some()),
@@ -164,9 +169,6 @@ impl RunConfig {
             ("--cmdline", cmdline.is_some()),
         ];
         for (what, given) in given {
-            if given && self.incoming.is_some() {
-                return Err(ConfigError::BootsAndWaits(what));
-            }
             if given && kernel.is_none() {
                 return Err(ConfigError::NeedsKernel(what));
             }
@@ -220,6 +222,6 @@ mod tests {
         config.boot.kernel = Some("kernel".into());
         config.check().unwrap();
         config.incoming = Some("tcp:127.0.0.1:0".parse().unwrap());
-        assert!(matches!(config.check(), Err(ConfigError::BootsAndWaits("--kernel"))));
+        config.check().expect("a guest that arrives boots it when it asks for a reset");
     }
 }

@@ -5,11 +5,11 @@ mod irq;
 mod vm;
 
 pub(crate) use irq::IrqLine;
-pub use vm::Vm;
+pub(crate) use vm::Vm;
 
 /// What KVM refused, and what to do about it.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// `/dev/kvm` cannot be used.
     #[error("cannot open /dev/kvm{}", remedy(.0))]
     Open(#[source] kvm_ioctls::Error),

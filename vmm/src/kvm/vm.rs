@@ -17,7 +17,7 @@ use crate::memory::Ram;
 ///
 /// It keeps the RAM mapped for as long as it exists.
 #[derive(Debug)]
-pub struct Vm {
+pub(crate) struct Vm {
     kvm: Kvm,
     fd: VmFd,
     ram: Ram,

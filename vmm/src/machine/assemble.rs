@@ -11,7 +11,7 @@ use kvm_ioctls::VcpuFd;
 
 use super::{Device, Machine};
 use crate::arch::layout::{
-    COM1_IRQ, COM1_PORT, PM1A_CNT, PM1A_EVT, RESET_PORT, RTC_IRQ, RTC_PORT, SCI_IRQ,
+    COM1_IRQ, COM1_PORT, PM1A_EVT, RESET_PORT, RTC_IRQ, RTC_PORT, SCI_IRQ,
 };
 use crate::arch::{acpi, cpuid, msr, regs};
 use crate::boot;
@@ -36,7 +36,7 @@ pub(crate) struct HostSide {
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// No memory.
     #[error(transparent)]
     Memory(#[from] memory::Error),

@@ -12,7 +12,7 @@ use devices::legacy::pm::PowerManagement;
 use devices::legacy::serial::Serial;
 use migration::state::{Migratable, StateError, StateReader, StateWriter};
 
-pub use assemble::Error;
+pub(crate) use assemble::Error;
 pub(crate) use assemble::HostSide;
 
 use crate::arch::irqchip::{self, IrqchipV1};
@@ -127,7 +127,7 @@ impl Machine {
             vcpu.load(state).map_err(owner("load the vCPU"))?;
         }
         let irqchip: IrqchipV1 = from.at("irqchip").take()?;
-        irqchip::load(self.vm.fd(), irqchip).map_err(owner("load the irqchip"))?;
+        irqchip::load(self.vm.fd(), &irqchip).map_err(owner("load the irqchip"))?;
         for (address, device) in &self.devices {
             device.load(from.at(address.clone()))?;
         }

@@ -1,7 +1,6 @@
 //! What the control socket asks for, and what a stay answers.
 
 use std::mem;
-use std::time::Instant;
 
 use migration::guest::Departing;
 
@@ -60,7 +59,7 @@ impl Session {
             serial: self.config.serial.clone(),
             incoming: incoming.cloned(),
             migration: underway.map(|underway| underway.progress()),
-            counters: machine.map(Machine::counters).unwrap_or_default(),
+            counters: machine.map(|machine| machine.counters()).unwrap_or_default(),
         }
     }
 
@@ -106,10 +105,10 @@ impl Session {
             unreachable!("the machine is here")
         };
         let built_in = self.boot.as_ref().is_some_and(|boot| boot.kernel.is_none());
-        let guest = match Leaving::new(machine, self.claim.name(), built_in) {
+        let guest = match Leaving::new(*machine, self.claim.name(), built_in) {
             Ok(guest) => guest,
             Err(Stays { machine, error }) => {
-                self.tenant = Tenant::Here(*machine);
+                self.tenant = Tenant::Here(machine);
                 return reply.finish::<()>(Err(cause::chain(&error)));
             }
         };
@@ -118,7 +117,7 @@ impl Session {
             Err(not_begun) => {
                 let NotBegun { guest, reply, error } = *not_begun;
                 reply.finish::<()>(Err(format!("cannot start a thread: {error}")));
-                Tenant::Here(guest.into_machine())
+                Tenant::Here(Box::new(guest.into_machine()))
             }
         };
     }
@@ -154,7 +153,7 @@ impl Session {
                 if let Tenant::Undecided { mut guest, .. } = tenant {
                     guest.plan().undo();
                     guest.dirty().stop();
-                    self.tenant = Tenant::Here(guest.into_machine());
+                    self.tenant = Tenant::Here(Box::new(guest.into_machine()));
                 }
                 reply.finish(Ok(()));
                 Next::Stay

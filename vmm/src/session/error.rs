@@ -10,7 +10,7 @@ use crate::vcpu;
 
 /// Why there is no guest.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The kernel takes no signal mask.
     #[error("cannot block signals ({0:?})")]
     Signals(vmm_sys_util::signal::Error),

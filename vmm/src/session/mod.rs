@@ -10,7 +10,7 @@ use std::time::Instant;
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use migration::Answering;
 
-pub use error::Error;
+pub(crate) use error::Error;
 use seat::SerialSeat;
 
 use crate::config::{Address, Boot, MachineConfig, RunConfig};
@@ -25,7 +25,7 @@ use crate::vcpu::block_kicks;
 
 /// How a stay ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ending {
+pub(crate) enum Ending {
     /// The guest switched itself off.
     Off,
     /// The user ended it.
@@ -42,7 +42,7 @@ pub enum Ending {
 ///
 /// # Errors
 /// There is no guest: it could not be started, or none arrived.
-pub fn run(config: RunConfig) -> Result<Ending, Error> {
+pub(crate) fn run(config: RunConfig) -> Result<Ending, Error> {
     // Before any thread is started: they inherit it.
     block_kicks().map_err(Error::Signals)?;
     let claim = RuntimeDir::open()?.claim(config.name.as_ref())?;
@@ -114,14 +114,14 @@ struct Session {
 /// Where the guest is.
 enum Tenant {
     /// Here.
-    Here(Machine),
+    Here(Box<Machine>),
     /// On its way out; its machine is with the migration. `after` is what comes next if it does
     /// not get away.
     Leaving { underway: Underway, after: Next },
     /// On its way in, or awaited at this address.
     Arriving { underway: Underway, at: Address },
     /// Here and standing still, since nobody knows whether it runs elsewhere.
-    Undecided { guest: Leaving, what: Undecided, since: Instant },
+    Undecided { guest: Box<Leaving>, what: Undecided, since: Instant },
     /// Nowhere: only while one of the others takes the place of another.
     Between,
 }
@@ -170,7 +170,7 @@ impl Session {
         let mut machine = Machine::booted(&self.shape, boot, &self.host)?;
         self.seat.set(Some(machine.com1().clone()));
         machine.resume()?;
-        self.tenant = Tenant::Here(machine);
+        self.tenant = Tenant::Here(Box::new(machine));
         Ok(())
     }
 
@@ -225,9 +225,9 @@ impl Session {
         let (outcome, guest) = departure.conclude();
         match outcome {
             Outcome::Gone => return Next::End(Ending::Migrated),
-            Outcome::Stayed => self.tenant = Tenant::Here(guest.into_machine()),
+            Outcome::Stayed => self.tenant = Tenant::Here(Box::new(guest.into_machine())),
             Outcome::Undecided(what) => {
-                self.tenant = Tenant::Undecided { guest, what, since: stopped };
+                self.tenant = Tenant::Undecided { guest: Box::new(guest), what, since: stopped };
             }
         }
         after
@@ -242,7 +242,7 @@ impl Session {
                 self.shape = machine.config().clone();
                 self.seat.set(Some(machine.com1().clone()));
                 self.answering = Some(arrived.answering);
-                self.tenant = Tenant::Here(machine);
+                self.tenant = Tenant::Here(Box::new(machine));
                 Ok(Next::Stay)
             }
             Err(failure) => {

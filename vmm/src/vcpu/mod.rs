@@ -63,7 +63,7 @@ enum Command {
 
 /// Why a vCPU does not do what it was told.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// Its thread cannot be started.
     #[error("cannot start the thread of vCPU {0}")]
     Start(u8, #[source] io::Error),

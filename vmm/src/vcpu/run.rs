@@ -101,7 +101,7 @@ impl Runner {
     /// Enters the guest until it leaves for any reason, and serves that.
     fn enter(&mut self) {
         let run = std::ptr::from_ref(self.fd.get_kvm_run());
-        let Wiring { pio, mmio, events: _, exits } = &self.wiring;
+        let Wiring { pio, mmio, exits, .. } = &self.wiring;
         let died = match self.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 exits.pio.fetch_add(1, Ordering::Relaxed);
@@ -147,7 +147,9 @@ impl Runner {
 /// Bytes of one access of a port exit: a string instruction makes several in one exit.
 fn port_width(run: *const kvm_run) -> usize {
     // SAFETY: `run` is the vCPU's run structure, mapped as long as its file descriptor is open,
-    // and KVM writes it only within KVM_RUN. Every bit pattern is a valid byte.
-    let width = unsafe { (*run).__bindgen_anon_1.io.size };
+    // and KVM writes it only within KVM_RUN.
+    let exit = unsafe { (*run).__bindgen_anon_1 };
+    // SAFETY: every bit pattern is a valid byte.
+    let width = unsafe { exit.io.size };
     usize::from(width).max(1)
 }

@@ -43,9 +43,9 @@ pub(crate) fn save(fd: &VmFd) -> Result<IrqchipV1, Error> {
 }
 
 /// Writes the controllers, the I/O APIC last: the local APICs and all lines are then in place.
-pub(crate) fn load(fd: &VmFd, state: IrqchipV1) -> Result<(), Error> {
+pub(crate) fn load(fd: &VmFd, state: &IrqchipV1) -> Result<(), Error> {
     let IrqchipV1 { pit, pic_master, pic_slave, ioapic } = state;
-    fd.set_pit2(&pit).map_err(Error::ioctl("KVM_SET_PIT2"))?;
+    fd.set_pit2(pit).map_err(Error::ioctl("KVM_SET_PIT2"))?;
     let chips = [
         (KVM_IRQCHIP_PIC_MASTER, pic_master),
         (KVM_IRQCHIP_PIC_SLAVE, pic_slave),
@@ -53,7 +53,7 @@ pub(crate) fn load(fd: &VmFd, state: IrqchipV1) -> Result<(), Error> {
     ];
     for (chip_id, chip) in chips {
         // Which chip it is follows from the field, not from the peer.
-        let chip = kvm_irqchip { chip_id, ..chip };
+        let chip = kvm_irqchip { chip_id, ..*chip };
         fd.set_irqchip(&chip).map_err(Error::ioctl("KVM_SET_IRQCHIP"))?;
     }
     Ok(())

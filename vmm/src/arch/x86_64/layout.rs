@@ -61,8 +61,6 @@ pub(crate) const SCI_IRQ: u32 = 9;
 pub(crate) const PM1A_EVT: u16 = 0x600;
 /// ACPI fixed hardware: PM1a control block, 2 bytes.
 pub(crate) const PM1A_CNT: u16 = 0x604;
-/// ACPI fixed hardware: PM timer, 4 bytes.
-pub(crate) const PM_TMR: u16 = 0x608;
 /// The reset control register.
 pub(crate) const RESET_PORT: u16 = 0xcf9;
 

@@ -58,7 +58,7 @@ pub(crate) fn enter(fd: &VcpuFd, ram: &Ram, entry: &Entry) -> Result<(), BootErr
 
 /// Why a vCPU could not be put at a kernel's entry.
 #[derive(Debug, thiserror::Error)]
-pub enum BootError {
+pub(crate) enum BootError {
     /// KVM refused a register.
     #[error(transparent)]
     Kvm(#[from] Error),
