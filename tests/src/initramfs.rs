@@ -13,8 +13,8 @@ use crate::{cache, install, program};
 const HOST_MODULES: [&str; 8] =
     ["9pnet_virtio", "9p", "overlay", "virtio_console", "igb", "vfio_pci", "kvm_amd", "kvm_intel"];
 /// Drivers that a guest may be asked to load, in `/modules`.
-const GUEST_MODULES: [&str; 5] =
-    ["igbvf", "virtio_pci", "virtio_net", "virtio_blk", "virtio_console"];
+const GUEST_MODULES: [&str; 7] =
+    ["button", "evdev", "igbvf", "virtio_pci", "virtio_net", "virtio_blk", "virtio_console"];
 
 const GUEST_INIT: &str = include_str!("guest/init.sh");
 const HOST_INIT: &str = include_str!("host/init.sh");

@@ -87,6 +87,18 @@ fn a_reboot_starts_the_guest_again() {
 }
 
 #[test]
+fn the_power_button_asks_the_guest_to_power_off() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut vm = boot(&uvmm, "GUEST_KERNEL", &["--memory", "256M"]);
+    let (_, status) = vm.shell("until pidof acpid; do sleep 0.1; done").unwrap();
+    assert_eq!(status, 0);
+    let (status, _, errors) = uvmm.call(&["stop", "--vm", "guest"]).unwrap();
+    assert!(status.success(), "{errors}");
+    assert_eq!(vm.wait(SHORT).unwrap().code(), Some(0), "{}", vm.errors().unwrap());
+}
+
+#[test]
 fn a_guest_that_dies_is_told_apart_from_one_that_powers_off() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();

@@ -9,6 +9,13 @@ echo 'uvmm-guest: init'
 /bin/busybox --install -s /bin
 export PATH=/bin HOME=/ TERM=vt100
 hostname uvmm-guest
+
+# The power button: the kernel tells programs, and one must answer.
+mkdir -p /etc/acpi/PWRF
+printf '#!/bin/sh\npoweroff -f\n' > /etc/acpi/PWRF/00000080
+chmod +x /etc/acpi/PWRF/00000080
+(insmod /modules/evdev.ko && insmod /modules/button.ko && acpid) > /dev/null 2>&1 &
+
 stty -echo 2>/dev/null
 echo "uvmm-guest: ready on Linux $(uname -r); lines are run by sh, 'poweroff -f' ends"
 while IFS= read -r line; do

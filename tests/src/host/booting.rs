@@ -1,4 +1,5 @@
 //! A lab host on its way up: every wait has an end, and says when it is long.
+use std::fs;
 use std::io::{self, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -34,6 +35,8 @@ impl Booting {
         let listener = UnixListener::bind(machine.socket)
             .context(|| format!("cannot listen on {}", machine.socket.display()))?;
         listener.set_nonblocking(true).context(|| "cannot configure a socket".into())?;
+        // What an earlier machine said must not be taken for this one's words.
+        drop(fs::remove_file(machine.console));
         let (now, console) = (Instant::now(), machine.console.to_path_buf());
         Ok(Self { machine: Some(start()?), listener, console, since: now, told: now })
     }
@@ -98,6 +101,12 @@ impl Booting {
             let words = last_words(&self.console);
             return Err(Error::Host(format!("the lab host did not start ({status}); {words}")));
         }
+        // A kept state that QEMU cannot take leaves an idle QEMU behind.
+        let console = fs::read(&self.console).unwrap_or_default();
+        if String::from_utf8_lossy(&console).lines().any(is_complaint) {
+            let words = last_words(&self.console);
+            return Err(Error::Host(format!("the lab host did not start; {words}")));
+        }
         if waited > TIMEOUT {
             let words = last_words(&self.console);
             return Err(Error::Timeout(format!(
@@ -113,6 +122,11 @@ impl Booting {
         }
         Ok(())
     }
+}
+
+/// Whether QEMU wrote this line, and did not mean it as a warning.
+fn is_complaint(line: &str) -> bool {
+    line.strip_prefix("qemu-system-x86_64: ").is_some_and(|line| !line.starts_with("warning: "))
 }
 
 impl Drop for Booting {

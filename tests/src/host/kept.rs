@@ -39,9 +39,17 @@ impl Kept {
             eprintln!("lab: booting the lab host once; later ones begin with its state");
             let half = tempfile::tempdir_in(&dir).context(|| writing(&dir))?;
             make(artefacts, half.path())?;
+            drop(fs::remove_file(half.path().join("agent")));
             fs::rename(half.keep(), &here).context(|| writing(&here))?;
         }
         Ok(Self { memory: here.join("memory"), state: here.join("state") })
+    }
+
+    /// Forgets the state; lab hosts that run from it go on.
+    pub(super) fn discard(&self) -> Result<()> {
+        let _others_wait = cache::lock()?;
+        let dir = self.state.parent().expect("it lies in the cache");
+        fs::remove_dir_all(dir).context(|| writing(dir))
     }
 }
 

@@ -22,6 +22,7 @@ pub use machine::Nesting;
 use self::booting::Booting;
 pub(crate) use self::frame::Bytes;
 use self::frame::{Frame, Start};
+use self::kept::Kept;
 use crate::artefacts::Artefacts;
 use crate::error::{Context, Error, Result};
 use crate::{cache, program};
@@ -53,7 +54,15 @@ impl Lab {
     /// # Errors
     /// If it does not start, ends, or is not ready in time; with the last lines of its console.
     pub fn boot(artefacts: &Artefacts) -> Result<Self> {
-        let kept = kept::Kept::get(artefacts)?;
+        let kept = Kept::get(artefacts)?;
+        Self::resume(artefacts, &kept).or_else(|error| {
+            eprintln!("lab: {error}\nlab: once more, from nothing: the kept state may be at fault");
+            kept.discard()?;
+            Self::resume(artefacts, &Kept::get(artefacts)?)
+        })
+    }
+
+    fn resume(artefacts: &Artefacts, kept: &Kept) -> Result<Self> {
         let scratch =
             tempfile::tempdir().context(|| "cannot create a temporary directory".into())?;
         let console = cache::dir()?.join(format!("console-{}.log", std::process::id()));

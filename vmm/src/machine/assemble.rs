@@ -10,9 +10,7 @@ use devices::legacy::serial::Serial;
 use kvm_ioctls::VcpuFd;
 
 use super::{Device, Machine};
-use crate::arch::layout::{
-    COM1_IRQ, COM1_PORT, PM1A_EVT, RESET_PORT, RTC_IRQ, RTC_PORT, SCI_IRQ,
-};
+use crate::arch::layout::{COM1_IRQ, COM1_PORT, PM1A_EVT, RESET_PORT, RTC_IRQ, RTC_PORT, SCI_IRQ};
 use crate::arch::{acpi, cpuid, msr, regs};
 use crate::boot;
 use crate::config::{Boot, HugePages, MachineConfig};
