@@ -1,1 +1,15 @@
 //! The lab, and the tests that drive uvmm from outside.
+pub mod artefacts;
+pub mod bench;
+pub mod cache;
+pub mod cpio;
+pub mod demo;
+pub mod error;
+pub mod host;
+pub mod initramfs;
+pub mod install;
+pub mod kernel;
+pub mod program;
+pub mod suite;
+pub mod tier;
+pub mod vm;

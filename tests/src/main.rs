@@ -1,2 +1,127 @@
-//! `cargo lab`.
-fn main() {}
+//! `cargo lab`: a host with KVM, VFIO and SR-IOV on any machine, and what runs in it.
+use std::env;
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use tests::artefacts::Artefacts;
+use tests::host::{Lab, Nesting, agent, pass_on};
+use tests::tier::INSIDE;
+use tests::{bench, suite};
+
+/// A lab host for uvmm: an emulated machine with KVM, an IOMMU and SR-IOV NICs, on any machine.
+#[derive(Parser)]
+#[command(bin_name = "cargo lab", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Shows the main job: boots a Linux guest and migrates it while it works.
+    Demo,
+    /// Runs every test there is, each where it can run.
+    Test {
+        /// Only tests whose names contain this.
+        filter: Option<String>,
+    },
+    /// Measures uvmm against QEMU.
+    Bench {
+        /// Boots of each VMM.
+        #[arg(long, default_value_t = bench::RUNS)]
+        runs: usize,
+        /// Print one JSON array on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Runs CMD in the lab host as root; streams, signals and exit status pass through.
+    Exec {
+        /// The program and its arguments.
+        #[arg(
+            required = true,
+            trailing_var_arg = true,
+            allow_hyphen_values = true,
+            value_name = "CMD"
+        )]
+        command: Vec<OsString>,
+    },
+    /// Opens a shell in the lab host.
+    Shell,
+    /// Serves commands inside the lab host; run by the lab itself.
+    #[command(hide = true)]
+    Agent,
+    /// The part of the demo inside the lab host.
+    #[command(hide = true)]
+    DemoInside,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<u8> {
+    match command {
+        Command::Exec { command } => exec(&command, false),
+        Command::Shell => {
+            eprintln!("lab: the lab host runs by {}; its shell is root's", Nesting::here());
+            exec(&["bash".into(), "-i".into()], true)
+        }
+        Command::Demo => in_lab(&["demo-inside"]),
+        Command::Test { filter } => test(filter.as_deref()),
+        Command::Bench { runs, json } if env::var_os(INSIDE).is_some() => measure(runs, json),
+        Command::Bench { runs, json } => {
+            let runs = runs.to_string();
+            in_lab(
+                &[&["bench", "--runs", &runs][..], if json { &["--json"] } else { &[] }].concat(),
+            )
+        }
+        Command::DemoInside => Ok(tests::demo::run().map(|()| 0)?),
+        Command::Agent => Ok(agent::serve().map(|()| 0)?),
+    }
+}
+
+/// Runs another command of this program inside a lab host.
+fn in_lab(arguments: &[&str]) -> anyhow::Result<u8> {
+    eprintln!("lab: preparing uvmm, kernels and the lab host (by {})", Nesting::here());
+    let artefacts = Artefacts::prepare().context("the lab cannot be prepared")?;
+    let mut command = vec![env::current_exe()?.into_os_string()];
+    command.extend(arguments.iter().map(OsString::from));
+    let status = Lab::boot(&artefacts)?.run(&command, &[(INSIDE, "1")], pass_on)?;
+    Ok(u8::try_from(status).unwrap_or(u8::MAX))
+}
+
+fn test(filter: Option<&str>) -> anyhow::Result<u8> {
+    eprintln!("lab: preparing uvmm, kernels and the lab host (by {})", Nesting::here());
+    let artefacts = Artefacts::prepare().context("the lab cannot be prepared")?;
+    let parts = suite::run(&artefacts, filter)?;
+    println!("\nlab: summary");
+    for part in &parts {
+        println!("  {part}");
+    }
+    Ok(u8::from(!parts.iter().all(suite::Part::passed)))
+}
+
+fn measure(runs: usize, json: bool) -> anyhow::Result<u8> {
+    let rows = bench::boots(runs)?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+    } else {
+        println!("one vCPU, 256 MiB, the kernel as an ELF file, median of {runs} boots:");
+        rows.iter().for_each(|row| println!("  {row}"));
+    }
+    Ok(u8::from(!rows.iter().all(bench::Row::ok)))
+}
+
+fn exec(command: &[OsString], terminal: bool) -> anyhow::Result<u8> {
+    let artefacts = Artefacts::prepare().context("the lab cannot be prepared")?;
+    let status = Lab::boot(&artefacts)?.exec(command, terminal)?;
+    Ok(u8::try_from(status).unwrap_or(u8::MAX))
+}

@@ -1,2 +1,7 @@
 //! `uvmm`, the command.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vmm::cli::main()
+}

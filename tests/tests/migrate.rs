@@ -1,0 +1,144 @@
+//! A running Linux guest moves between two uvmm processes and does not notice.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
+
+use tests::inside_lab;
+use tests::vm::{Report, SHORT, Uvmm, Vm, variable};
+
+const TRIPS: usize = 20;
+const LOAD: &str = "guest-load 48 2 /run/load & sleep 3; cat /run/load";
+
+/// A guest of two vCPUs that rewrites and checks memory and reads its clocks.
+fn loaded_guest(uvmm: &Uvmm, name: &str) -> Vm {
+    let kernel = variable("GUEST_KERNEL").unwrap();
+    let mut vm =
+        uvmm.linux(name, Path::new(&kernel), &["--memory", "256M", "--cpus", "2"]).unwrap();
+    vm.booted().unwrap();
+    let (report, status) = vm.shell(LOAD).unwrap();
+    assert!(status == 0 && report.contains("pages="), "{report}");
+    vm
+}
+
+/// How much the workload has checked so far; fails if it found anything wrong.
+fn pages_checked(vm: &mut Vm) -> u64 {
+    let (report, _) = vm.shell("pidof guest-load >/dev/null && cat /run/load").unwrap();
+    let everything = vm.serial.everything();
+    for wrong in ["CORRUPT", "BACKWARDS"] {
+        assert!(!everything.contains(wrong), "{everything}");
+    }
+    let pages = report.split_whitespace().find_map(|word| word.strip_prefix("pages="));
+    pages.unwrap_or_else(|| panic!("the workload is gone: {report:?}")).parse().unwrap()
+}
+
+/// What the guest's kernel complained about, without the times.
+fn complaints(vm: &mut Vm) -> BTreeSet<String> {
+    let (log, _) = vm.shell("dmesg -r | grep '^<[0-4]>' | sed 's/^<.>\\[[^]]*\\] //'").unwrap();
+    log.lines()
+        .filter(|line| !line.contains("clocksource: Long readout"))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Moves the guest to a new VM; the old process must have ended well.
+fn move_on(uvmm: &Uvmm, mut from: Vm, to: &str) -> (Vm, Report) {
+    let (vm, address) = uvmm.incoming(to).unwrap();
+    let report = uvmm.migrate(&from, &address).unwrap();
+    assert_eq!(report.status, "completed", "{report:?}");
+    assert_eq!(from.wait(SHORT).unwrap().code(), Some(0), "{}", from.errors().unwrap());
+    (vm, report)
+}
+
+#[test]
+fn twenty_migrations_there_and_back_harm_nothing() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut still = loaded_guest(&uvmm, "still");
+    let (_, _) = still.shell("sleep 20").unwrap();
+    let at_home = complaints(&mut still);
+    drop(still);
+    let mut vm = loaded_guest(&uvmm, "host-0");
+    let mut checked = pages_checked(&mut vm);
+    for trip in 1..=TRIPS {
+        let (moved, report) = move_on(&uvmm, vm, &format!("host-{trip}"));
+        vm = moved;
+        let now = pages_checked(&mut vm);
+        assert!(now > checked, "the workload does not go on after migration {trip}");
+        checked = now;
+        println!("migration {trip}: {:.0} ms down, {} rounds", report.downtime_ms, report.rounds);
+    }
+    let new = complaints(&mut vm).difference(&at_home).cloned().collect::<Vec<_>>();
+    assert!(new.is_empty(), "the guest's kernel complains about its travels: {new:#?}");
+    vm.serial.send("poweroff -f").unwrap();
+    assert_eq!(vm.wait(SHORT).unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_destination_that_dies_midway_leaves_the_guest_running() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut vm = loaded_guest(&uvmm, "source");
+    let before = pages_checked(&mut vm);
+    let (mut incoming, address) = uvmm.incoming("incoming").unwrap();
+    // So slow that it cannot be over when the destination dies.
+    let arguments =
+        ["migrate", "--vm", "source", "--to", &address, "--json", "--bandwidth-limit", "4M"];
+    let child =
+        uvmm.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    under_way(&uvmm, "source");
+    incoming.kill();
+    let report = Report::of(child, SHORT).unwrap();
+    assert_eq!(report.status, "failed");
+    assert!(pages_checked(&mut vm) > before);
+    // And it is as fit to migrate as before.
+    drop(incoming);
+    let (mut moved, _) = move_on(&uvmm, vm, "second");
+    assert!(pages_checked(&mut moved) > before);
+}
+
+#[test]
+fn a_cancelled_migration_leaves_the_guest_running() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut vm = loaded_guest(&uvmm, "source");
+    let before = pages_checked(&mut vm);
+    let (_incoming, address) = uvmm.incoming("incoming").unwrap();
+    let arguments =
+        ["migrate", "--vm", "source", "--to", &address, "--json", "--bandwidth-limit", "4M"];
+    let child =
+        uvmm.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    under_way(&uvmm, "source");
+    assert!(uvmm.call(&["cancel", "--vm", "source"]).unwrap().0.success());
+    assert_eq!(Report::of(child, SHORT).unwrap().status, "cancelled");
+    assert!(pages_checked(&mut vm) > before);
+}
+
+#[test]
+fn a_dry_run_prints_the_plan_and_moves_nothing() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut vm = loaded_guest(&uvmm, "source");
+    let (mut incoming, address) = uvmm.incoming("incoming").unwrap();
+    let (status, plan, errors) =
+        uvmm.call(&["migrate", "--vm", "source", "--to", &address, "--dry-run"]).unwrap();
+    assert!(status.success(), "{errors}");
+    assert!(plan.to_lowercase().contains("vcpus"), "{plan}");
+    assert!(vm.runs() && incoming.runs());
+    pages_checked(&mut vm);
+}
+
+/// Waits until memory is moving.
+fn under_way(uvmm: &Uvmm, name: &str) {
+    for _ in 0..200 {
+        let (_, info, _) = uvmm.call(&["info", "--vm", name, "--json"]).unwrap();
+        let info: serde_json::Value = serde_json::from_str(&info).unwrap_or_default();
+        if info["migration"]["bytes_sent"].as_u64().is_some_and(|bytes| bytes > 1 << 20) {
+            return;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    panic!("no memory moves");
+}

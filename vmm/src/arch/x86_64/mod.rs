@@ -1,0 +1,10 @@
+//! The PC: x86-64 processors, their interrupt controllers and the tables an OS expects.
+
+pub(crate) mod acpi;
+pub(crate) mod cpuid;
+pub(crate) mod irqchip;
+pub(crate) mod layout;
+pub(crate) mod msr;
+pub(crate) mod profile;
+pub(crate) mod regs;
+pub(crate) mod vcpu;

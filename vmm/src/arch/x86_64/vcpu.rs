@@ -1,0 +1,247 @@
+//! All of a vCPU that its guest could tell, in the order in which KVM can give and take it.
+
+// UNSAFETY: KVM writes as many bytes of extended state as it announced, not as many as it is told.
+#![expect(unsafe_code, reason = "KVM_GET_XSAVE2 and KVM_SET_XSAVE trust the buffer's size")]
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, Xsave, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs,
+    kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use migration::state::Saved;
+use serde::{Deserialize, Serialize};
+
+use super::msr;
+use crate::kvm::{Error, exact};
+
+/// 32-bit words of extended state that every KVM uses at least (`struct kvm_xsave`).
+const XSAVE_WORDS: usize = 1024;
+/// The timer mode in the local APIC's timer entry (SDM vol. 3, 11.5.1), and deadline mode.
+const LVT_TIMER: usize = 0x320;
+const TIMER_MODE: u32 = 0b11 << 17;
+const TIMER_DEADLINE: u32 = 0b10 << 17;
+/// KVM takes a frequency that differs by less as the same (KVM's default `tsc_tolerance_ppm`).
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// The saved form.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct VcpuV1 {
+    #[serde(with = "exact")]
+    mp_state: kvm_mp_state,
+    #[serde(with = "exact")]
+    regs: kvm_regs,
+    #[serde(with = "exact")]
+    sregs: kvm_sregs,
+    xsave: Vec<u32>,
+    #[serde(with = "exact")]
+    xcrs: kvm_xcrs,
+    #[serde(with = "exact")]
+    debugregs: kvm_debugregs,
+    #[serde(with = "exact")]
+    lapic: kvm_lapic_state,
+    tsc_khz: u32,
+    cpuid: Vec<Leaf>,
+    msrs: Vec<(u32, u64)>,
+    #[serde(with = "exact")]
+    events: kvm_vcpu_events,
+}
+
+impl Saved for VcpuV1 {
+    const KIND: &'static str = "kvm-vcpu";
+    const VERSION: u16 = 1;
+}
+
+#[derive(Serialize, Deserialize)]
+struct Leaf(#[serde(with = "exact")] kvm_cpuid_entry2);
+
+/// How KVM's clock is carried over.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct ClockV1 {
+    /// Nanoseconds that the guest has been up.
+    nanoseconds: u64,
+}
+
+impl Saved for ClockV1 {
+    const KIND: &'static str = "kvm-clock";
+    const VERSION: u16 = 1;
+}
+
+/// Bytes of extended state that this host's KVM keeps for a vCPU.
+pub(crate) fn xsave_bytes(kvm: &Kvm) -> usize {
+    // 0 where the capability is not known: the state then has the size that it always had.
+    usize::try_from(kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_WORDS * 4)
+}
+
+/// Reads a vCPU that is out of the guest and has no half-done exit.
+pub(crate) fn save(kvm: &Kvm, fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuV1, Error> {
+    // First, as it can take in a pending INIT and so change what is read after it.
+    let mp_state = fd.get_mp_state().map_err(Error::ioctl("KVM_GET_MP_STATE"))?;
+    let regs = fd.get_regs().map_err(Error::ioctl("KVM_GET_REGS"))?;
+    let sregs = fd.get_sregs().map_err(Error::ioctl("KVM_GET_SREGS"))?;
+    let xsave = save_xsave(kvm, fd)?;
+    let xcrs = fd.get_xcrs().map_err(Error::ioctl("KVM_GET_XCRS"))?;
+    let debugregs = fd.get_debug_regs().map_err(Error::ioctl("KVM_GET_DEBUGREGS"))?;
+    let lapic = fd.get_lapic().map_err(Error::ioctl("KVM_GET_LAPIC"))?;
+    let tsc_khz = fd.get_tsc_khz().map_err(Error::ioctl("KVM_GET_TSC_KHZ"))?;
+    let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(Error::ioctl("KVM_GET_CPUID2"))?;
+    let mut msrs = msr::read(fd, msrs)?;
+    keep_expired_deadline(&lapic, &mut msrs);
+    let events = fd.get_vcpu_events().map_err(Error::ioctl("KVM_GET_VCPU_EVENTS"))?;
+    let cpuid = cpuid.as_slice().iter().map(|&leaf| Leaf(leaf)).collect();
+    Ok(VcpuV1 {
+        mp_state,
+        regs,
+        sregs,
+        xsave,
+        xcrs,
+        debugregs,
+        lapic,
+        tsc_khz,
+        cpuid,
+        msrs,
+        events,
+    })
+}
+
+/// Makes a new vCPU what `state` says.
+pub(crate) fn load(kvm: &Kvm, fd: &VcpuFd, state: VcpuV1) -> Result<(), Error> {
+    let VcpuV1 {
+        mp_state,
+        regs,
+        sregs,
+        xsave,
+        xcrs,
+        debugregs,
+        lapic,
+        tsc_khz,
+        cpuid,
+        msrs,
+        events,
+    } = state;
+    let leaves: Vec<_> = cpuid.into_iter().map(|Leaf(entry)| entry).collect();
+    let cpuid =
+        CpuId::from_entries(&leaves).map_err(|_| Error::TooManyCpuidEntries(leaves.len()))?;
+    // All later checks depend on it.
+    fd.set_cpuid2(&cpuid).map_err(Error::ioctl("KVM_SET_CPUID2"))?;
+    load_tsc_khz(fd, tsc_khz)?;
+    fd.set_mp_state(mp_state).map_err(Error::ioctl("KVM_SET_MP_STATE"))?;
+    // Clears pending exceptions, so before the events.
+    fd.set_regs(&regs).map_err(Error::ioctl("KVM_SET_REGS"))?;
+    fd.set_sregs(&sregs).map_err(Error::ioctl("KVM_SET_SREGS"))?;
+    load_xsave(kvm, fd, &xsave)?;
+    fd.set_xcrs(&xcrs).map_err(Error::ioctl("KVM_SET_XCRS"))?;
+    fd.set_debug_regs(&debugregs).map_err(Error::ioctl("KVM_SET_DEBUGREGS"))?;
+    // After the APIC base, which is in the special registers; before the deadline, which counts
+    // only in deadline mode.
+    fd.set_lapic(&lapic).map_err(Error::ioctl("KVM_SET_LAPIC"))?;
+    msr::write(fd, &msrs)?;
+    fd.set_vcpu_events(&events).map_err(Error::ioctl("KVM_SET_VCPU_EVENTS"))?;
+    Ok(())
+}
+
+/// KVM's clock, read after the vCPUs stopped.
+pub(crate) fn save_clock(fd: &VmFd) -> Result<ClockV1, Error> {
+    let clock = fd.get_clock().map_err(Error::ioctl("KVM_GET_CLOCK"))?;
+    Ok(ClockV1 { nanoseconds: clock.clock })
+}
+
+/// Sets KVM's clock, once and after all time-stamp counters.
+///
+/// The guest's clocks stand still while it does not run, its TSC and KVM's clock alike.
+pub(crate) fn load_clock(fd: &VmFd, ClockV1 { nanoseconds }: &ClockV1) -> Result<(), Error> {
+    let clock = kvm_clock_data { clock: *nanoseconds, ..Default::default() };
+    fd.set_clock(&clock).map_err(Error::ioctl("KVM_SET_CLOCK"))
+}
+
+/// Tells a guest that it did not run for a while, so that it does not report a lockup.
+pub(crate) fn note_pause(fd: &VcpuFd) {
+    // EINVAL: this guest has no KVM clock, and so no such watchdog either.
+    if let Err(error) = fd.kvmclock_ctrl() {
+        tracing::trace!(%error, "KVM_KVMCLOCK_CTRL");
+    }
+}
+
+/// A deadline that has passed reads as 0 even if its interrupt was not delivered yet: a deadline
+/// of now fires it on the other side.
+fn keep_expired_deadline(lapic: &kvm_lapic_state, msrs: &mut [(u32, u64)]) {
+    let timer = lapic.regs[LVT_TIMER..LVT_TIMER + 4].iter().rev();
+    let timer = timer.fold(0, |word, &byte| word << 8 | u32::from(byte.cast_unsigned()));
+    if timer & TIMER_MODE != TIMER_DEADLINE {
+        return;
+    }
+    let now = msrs.iter().find(|(index, _)| *index == msr::TSC).map(|&(_, tsc)| tsc);
+    let deadline = msrs.iter_mut().find(|(index, _)| *index == msr::TSC_DEADLINE);
+    if let (Some(now), Some((_, deadline @ 0))) = (now, deadline) {
+        *deadline = now;
+    }
+}
+
+/// Whether KVM takes two frequencies of a TSC as the same.
+pub(crate) fn is_same_tsc(here_khz: u64, wanted_khz: u64) -> bool {
+    here_khz.abs_diff(wanted_khz) <= here_khz.saturating_mul(TSC_TOLERANCE_PPM) / 1_000_000
+}
+
+fn load_tsc_khz(fd: &VcpuFd, wanted: u32) -> Result<(), Error> {
+    let here = fd.get_tsc_khz().map_err(Error::ioctl("KVM_GET_TSC_KHZ"))?;
+    if is_same_tsc(here.into(), wanted.into()) {
+        return Ok(());
+    }
+    fd.set_tsc_khz(wanted).map_err(|source| Error::TscFrequency { here, wanted, source })
+}
+
+fn xsave_buffer(kvm: &Kvm) -> Xsave {
+    let extra = xsave_bytes(kvm).div_ceil(4) - XSAVE_WORDS;
+    Xsave::new(extra).expect("KVM's own size is within the wrapper's limit")
+}
+
+fn save_xsave(kvm: &Kvm, fd: &VcpuFd) -> Result<Vec<u32>, Error> {
+    let mut buffer = xsave_buffer(kvm);
+    // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 announces.
+    unsafe { fd.get_xsave2(&mut buffer) }.map_err(Error::ioctl("KVM_GET_XSAVE2"))?;
+    let legacy = buffer.as_fam_struct_ref().xsave.region;
+    Ok(legacy.iter().chain(buffer.as_slice()).copied().collect())
+}
+
+fn load_xsave(kvm: &Kvm, fd: &VcpuFd, state: &[u32]) -> Result<(), Error> {
+    let mut buffer = xsave_buffer(kvm);
+    let want = XSAVE_WORDS + buffer.as_slice().len();
+    if state.len() != want {
+        return Err(Error::XsaveSize { want: want * 4, found: state.len() * 4 });
+    }
+    let (legacy, extra) = state.split_at(XSAVE_WORDS);
+    // SAFETY: no length is changed, only words within it.
+    unsafe { buffer.as_mut_fam_struct() }.xsave.region.copy_from_slice(legacy);
+    buffer.as_mut_slice().copy_from_slice(extra);
+    // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 announces.
+    unsafe { fd.set_xsave2(&buffer) }.map_err(Error::ioctl("KVM_SET_XSAVE"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lapic(timer: u32) -> kvm_lapic_state {
+        let mut lapic = kvm_lapic_state::default();
+        for (register, byte) in lapic.regs[LVT_TIMER..].iter_mut().zip(timer.to_le_bytes()) {
+            *register = byte.cast_signed();
+        }
+        lapic
+    }
+
+    #[test]
+    fn an_expired_deadline_fires_on_the_other_side() {
+        let mut msrs = [(msr::TSC, 5000), (msr::TSC_DEADLINE, 0)];
+        keep_expired_deadline(&lapic(TIMER_DEADLINE | 0xec), &mut msrs);
+        assert_eq!(msrs[1], (msr::TSC_DEADLINE, 5000));
+    }
+
+    #[test]
+    fn a_deadline_to_come_stays_and_other_modes_have_none() {
+        let mut armed = [(msr::TSC, 5000), (msr::TSC_DEADLINE, 9000)];
+        keep_expired_deadline(&lapic(TIMER_DEADLINE), &mut armed);
+        assert_eq!(armed[1].1, 9000);
+        let mut periodic = [(msr::TSC, 5000), (msr::TSC_DEADLINE, 0)];
+        keep_expired_deadline(&lapic(0b01 << 17), &mut periodic);
+        assert_eq!(periodic[1].1, 0);
+    }
+}

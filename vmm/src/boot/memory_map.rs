@@ -1,0 +1,65 @@
+//! What the guest is told of its physical address space.
+
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::arch::layout;
+use crate::memory::Ram;
+
+/// What a range of addresses may be used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Ram,
+    Reserved,
+}
+
+impl Kind {
+    /// The type in an E820 table, and in that of PVH (ACPI 6.5, 15.1).
+    pub(super) fn e820(self) -> u32 {
+        match self {
+            Self::Ram => 1,
+            Self::Reserved => 2,
+        }
+    }
+}
+
+/// A range of physical addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Range {
+    pub(super) start: u64,
+    pub(super) len: u64,
+    pub(super) kind: Kind,
+}
+
+/// The ranges in ascending order: conventional memory, ACPI's tables, the rest of RAM.
+pub(super) fn memory_map(ram: &Ram) -> Vec<Range> {
+    let range = |start, end, kind| Range { start, len: end - start, kind };
+    let mut map = vec![
+        range(0, layout::LOWMEM_END, Kind::Ram),
+        range(layout::ACPI_TABLES, layout::ACPI_TABLES_END, Kind::Reserved),
+    ];
+    map.extend(ram.iter().map(|region| {
+        let start = region.start_addr().0;
+        range(start.max(layout::HIMEM), start + region.len(), Kind::Ram)
+    }));
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    #[test]
+    fn the_map_ascends_without_overlap_and_ends_with_ram() {
+        let ranges = layout::ram_ranges(5 << 30);
+        let ranges: Vec<_> = ranges
+            .iter()
+            .map(|&(start, len)| (GuestAddress(start), usize::try_from(len).unwrap()))
+            .collect();
+        let map = memory_map(&Ram::from_ranges(&ranges).unwrap());
+        assert!(map.windows(2).all(|pair| pair[0].start + pair[0].len <= pair[1].start));
+        let last = map.last().unwrap();
+        assert_eq!((last.start, last.len, last.kind), (4 << 30, 2 << 30, Kind::Ram));
+    }
+}

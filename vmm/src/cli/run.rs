@@ -1,0 +1,229 @@
+//! `uvmm run`: flags and file to configuration.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Deserialize;
+
+use super::{Failure, file};
+use crate::config::{
+    Address, Boot, ConfigError, HugePages, MachineConfig, RunConfig, SerialMode, Size, VmName,
+};
+use crate::log;
+
+/// What was typed, or written in the file: the same names in both.
+#[derive(Debug, Default, PartialEq, Args, Deserialize)]
+#[command(after_help = KEYS)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct RunArgs {
+    /// The VM's name [default: the lowest free of vm0, vm1, ...]
+    #[arg(long, value_name = "N")]
+    name: Option<VmName>,
+    /// A TOML file with any of these settings by the same names; what is typed wins. Paths in it
+    /// start at its own directory.
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    config: Option<PathBuf>,
+    /// The guest's kernel: a bzImage, or a vmlinux with PVH [default: a tiny built-in guest]
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// The guest's initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line [default: a console on the serial line]
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// Guest memory, 64M or more [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Size>,
+    /// The number of vCPUs, 1 to 8 [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u64>,
+    /// Back guest memory with huge pages of 2M or 1G [without a size: 2M]
+    #[arg(long, value_name = "SIZE", num_args = 0..=1, require_equals = true, default_missing_value = "2M")]
+    hugepages: Option<HugePages>,
+    /// Where the serial line goes: stdio, null, file=F or socket=F [default: stdio]
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<SerialMode>,
+    /// Wait at tcp:ADDR:PORT or unix:PATH for a guest that is migrated here; memory and vCPUs are
+    /// then those of that guest, and --kernel is what it boots if it asks for a reset
+    #[arg(long, value_name = "ADDRESS")]
+    incoming: Option<Address>,
+    /// Append the log to this file instead of writing it to standard error
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// Log more; may be repeated
+    #[arg(long, short, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+/// For the help page; a test holds it against [`crate::console::HELP`].
+const KEYS: &str = "\
+Keys, when the serial line is a terminal:
+  Ctrl-A x  ends the VM
+  Ctrl-A a  sends Ctrl-A to the guest (so does Ctrl-A Ctrl-A)
+  Ctrl-A h  shows this";
+
+impl RunArgs {
+    /// Reads the file if there is one, begins the log and checks everything.
+    pub(super) fn begin(self) -> Result<RunConfig, Failure> {
+        let args = match &self.config {
+            Some(path) => {
+                let mut file: RunArgs = file::read(path)?;
+                file.start_paths_at(path.parent().unwrap_or(Path::new("")));
+                self.or(file)
+            }
+            None => self,
+        };
+        log::begin(args.log.as_deref(), args.verbose)?;
+        let config = args.understand()?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// These settings, and those of `other` where there is none.
+    fn or(self, other: RunArgs) -> RunArgs {
+        RunArgs {
+            name: self.name.or(other.name),
+            config: self.config,
+            kernel: self.kernel.or(other.kernel),
+            initrd: self.initrd.or(other.initrd),
+            cmdline: self.cmdline.or(other.cmdline),
+            memory: self.memory.or(other.memory),
+            cpus: self.cpus.or(other.cpus),
+            hugepages: self.hugepages.or(other.hugepages),
+            serial: self.serial.or(other.serial),
+            incoming: self.incoming.or(other.incoming),
+            log: self.log.or(other.log),
+            verbose: self.verbose.max(other.verbose),
+        }
+    }
+
+    fn start_paths_at(&mut self, dir: &Path) {
+        let serial = match &mut self.serial {
+            Some(SerialMode::File(path) | SerialMode::Socket(path)) => Some(path),
+            _ => None,
+        };
+        let incoming = match &mut self.incoming {
+            Some(Address::Unix(path)) => Some(path),
+            _ => None,
+        };
+        let own = [&mut self.kernel, &mut self.initrd, &mut self.log];
+        for path in own.into_iter().flatten().chain(serial).chain(incoming) {
+            *path = dir.join(&*path);
+        }
+    }
+
+    fn understand(self) -> Result<RunConfig, ConfigError> {
+        let default = MachineConfig::default();
+        let cpus = self.cpus.unwrap_or(default.cpus.into());
+        Ok(RunConfig {
+            name: self.name,
+            boot: Boot { kernel: self.kernel, initrd: self.initrd, cmdline: self.cmdline },
+            machine: MachineConfig {
+                memory: self.memory.map_or(default.memory, |Size(bytes)| bytes),
+                cpus: u8::try_from(cpus).map_err(|_| ConfigError::Cpus(cpus))?,
+            },
+            hugepages: self.hugepages,
+            serial: self.serial.unwrap_or_default(),
+            incoming: self.incoming,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Cli, Command};
+    use super::*;
+    use crate::console;
+    use clap::{CommandFactory, Parser};
+
+    fn typed(flags: &[&str]) -> RunArgs {
+        match Cli::try_parse_from(["uvmm", "run"].iter().chain(flags)).unwrap().command {
+            Command::Run(args) => *args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    const FLAGS: [&str; 21] = [
+        "--name",
+        "a",
+        "--kernel",
+        "k",
+        "--initrd",
+        "i",
+        "--cmdline",
+        "c d",
+        "--memory",
+        "1G",
+        "--cpus",
+        "4",
+        "--hugepages=1G",
+        "--serial",
+        "file=s",
+        "--incoming",
+        "unix:u",
+        "--log",
+        "l",
+        "-v",
+        "-v",
+    ];
+    const FILE: &str = "
+        name = 'a'
+        kernel = 'k'
+        initrd = 'i'
+        cmdline = 'c d'
+        memory = '1G'
+        cpus = 4
+        hugepages = '1G'
+        serial = 'file=s'
+        incoming = 'unix:u'
+        log = 'l'
+        verbose = 2
+    ";
+
+    #[test]
+    fn the_file_takes_everything_that_flags_take() {
+        assert_eq!(toml::from_str::<RunArgs>(FILE).unwrap(), typed(&FLAGS));
+        let flags = Cli::command().find_subcommand("run").unwrap().get_arguments().count();
+        let keys = FILE.lines().filter(|line| line.contains('=')).count();
+        assert_eq!(keys + 1, flags, "a flag is missing in this test: all but --config");
+    }
+
+    #[test]
+    fn what_is_typed_wins_over_the_file() {
+        let args = typed(&["--memory", "64M", "--serial", "null"]);
+        let merged = args.or(toml::from_str("memory = '1G'\ncpus = 2").unwrap());
+        let config = merged.understand().unwrap();
+        assert_eq!(config.machine, MachineConfig { memory: 64 << 20, cpus: 2 });
+        assert_eq!(config.serial, SerialMode::Null);
+    }
+
+    #[test]
+    fn paths_in_the_file_start_at_its_directory() {
+        let mut args: RunArgs = toml::from_str(FILE).unwrap();
+        args.initrd = Some("/abs".into());
+        args.start_paths_at(Path::new("/d"));
+        assert_eq!(args.kernel, Some("/d/k".into()));
+        assert_eq!(args.initrd, Some("/abs".into()));
+        assert_eq!(args.log, Some("/d/l".into()));
+        assert_eq!(args.serial, Some(SerialMode::File("/d/s".into())));
+        assert_eq!(args.incoming, Some(Address::Unix("/d/u".into())));
+    }
+
+    #[test]
+    fn nothing_typed_is_the_default_machine() {
+        let config = typed(&[]).understand().unwrap();
+        assert_eq!(config.machine, MachineConfig::default());
+        assert_eq!((config.boot, config.serial), (Boot::default(), SerialMode::Stdio));
+        assert_eq!(typed(&["--hugepages"]).hugepages, Some(HugePages::Size2M));
+        assert!(typed(&["--cpus", "256"]).understand().is_err());
+    }
+
+    #[test]
+    fn the_help_page_tells_the_keys() {
+        for key in console::HELP.lines() {
+            assert!(KEYS.contains(key), "{key}");
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! The virtual machine: its file descriptor, its memory slots and its interrupt controllers.
+
+// UNSAFETY: KVM takes the host address of guest RAM as an integer.
+#![expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION takes an address")]
+
+use kvm_bindings::{
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::Error;
+use crate::arch::layout;
+use crate::memory::Ram;
+
+/// A KVM virtual machine with RAM and in-kernel interrupt controllers.
+///
+/// It keeps the RAM mapped for as long as it exists.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    kvm: Kvm,
+    fd: VmFd,
+    ram: Ram,
+}
+
+/// What KVM must offer; everything else is asked for where it is used.
+const NEEDED: [(Cap, &str); 7] = [
+    (Cap::Irqchip, "in-kernel interrupt controllers"),
+    (Cap::Pit2, "an in-kernel timer"),
+    (Cap::UserMemory, "user memory regions"),
+    (Cap::AdjustClock, "an adjustable clock"),
+    (Cap::ImmediateExit, "immediate exits"),
+    (Cap::Irqfd, "interrupts by eventfd"),
+    (Cap::MpState, "the vCPUs' multi-processor state"),
+];
+
+impl Vm {
+    /// Makes a virtual machine with `ram` in it and no vCPU yet.
+    pub(crate) fn new(ram: Ram) -> Result<Self, Error> {
+        let kvm = Kvm::new().map_err(Error::Open)?;
+        if let Some((_, what)) = NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+            return Err(Error::Lacks(what));
+        }
+        let fd = kvm.create_vm().map_err(Error::ioctl("KVM_CREATE_VM"))?;
+        fd.set_identity_map_address(layout::IDENTITY_MAP)
+            .map_err(Error::ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        fd.set_tss_address(layout::TSS).map_err(Error::ioctl("KVM_SET_TSS_ADDR"))?;
+        fd.create_irq_chip().map_err(Error::ioctl("KVM_CREATE_IRQCHIP"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        fd.create_pit2(pit).map_err(Error::ioctl("KVM_CREATE_PIT2"))?;
+        let vm = Self { kvm, fd, ram };
+        vm.map_ram(false)?;
+        Ok(vm)
+    }
+
+    pub(crate) fn kvm(&self) -> &Kvm {
+        &self.kvm
+    }
+
+    pub(crate) fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
+    pub(crate) fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    pub(crate) fn create_vcpu(&self, index: u8) -> Result<VcpuFd, Error> {
+        self.fd.create_vcpu(u64::from(index)).map_err(Error::ioctl("KVM_CREATE_VCPU"))
+    }
+
+    /// Switches KVM's dirty log of all RAM on or off.
+    pub(crate) fn log_dirty_pages(&self, on: bool) -> Result<(), Error> {
+        self.map_ram(on)
+    }
+
+    /// Calls KVM_GET_DIRTY_LOG for the RAM region `slot`: a bit for every page written since the
+    /// previous call, in words of 64 pages.
+    pub(crate) fn dirty_log(&self, slot: u32, bytes: usize) -> Result<Vec<u64>, Error> {
+        self.fd.get_dirty_log(slot, bytes).map_err(Error::ioctl("KVM_GET_DIRTY_LOG"))
+    }
+
+    fn map_ram(&self, log_dirty: bool) -> Result<(), Error> {
+        for (slot, region) in (0..).zip(self.ram.iter()) {
+            let host = region.as_ptr().expose_provenance() as u64;
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags: if log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: host,
+            };
+            // SAFETY: the range is the whole mapping of a region of `ram`, which lives as long
+            // as `self`, and so at least as long as the VM's file descriptor.
+            unsafe { self.fd.set_user_memory_region(slot) }
+                .map_err(Error::ioctl("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
+    }
+}

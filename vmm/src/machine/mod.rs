@@ -1,0 +1,150 @@
+//! A virtual machine: everything in it, running or not, and its saved state.
+
+mod assemble;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use devices::bus::BusDevice;
+use devices::legacy::pm::PowerManagement;
+use devices::legacy::serial::Serial;
+use migration::state::{Migratable, StateError, StateReader, StateWriter};
+
+pub(crate) use assemble::Error;
+pub(crate) use assemble::HostSide;
+
+use crate::arch::irqchip::{self, IrqchipV1};
+use crate::arch::vcpu::{ClockV1, VcpuV1, load_clock, save_clock};
+use crate::config::MachineConfig;
+use crate::kvm::Vm;
+use crate::power::PowerSwitch;
+use crate::vcpu::{self, Exits, Vcpus};
+
+/// A machine. Its vCPUs stand until [`Machine::resume`].
+pub(crate) struct Machine {
+    // Dropped first: the vCPUs' threads use all the others.
+    vcpus: Arc<Vcpus>,
+    /// By address in the machine, such as `pio/3f8`, in the order in which they are saved.
+    devices: Vec<(String, Arc<dyn Device>)>,
+    vm: Arc<Vm>,
+    config: MachineConfig,
+    /// The frequency that the vCPUs' time-stamp counters started with.
+    tsc_khz: u32,
+    running: bool,
+    exits: Arc<Exits>,
+    com1: Arc<Serial>,
+    pm: Arc<PowerManagement>,
+    power: Arc<PowerSwitch>,
+}
+
+/// What is on a machine's buses.
+trait Device: BusDevice + Migratable {}
+impl<T: BusDevice + Migratable> Device for T {}
+
+impl Machine {
+    pub(crate) fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    pub(crate) fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    pub(crate) fn vcpus(&self) -> &Arc<Vcpus> {
+        &self.vcpus
+    }
+
+    pub(crate) fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// The device behind the console.
+    pub(crate) fn com1(&self) -> &Arc<Serial> {
+        &self.com1
+    }
+
+    /// The device behind the power button.
+    pub(crate) fn pm(&self) -> &Arc<PowerManagement> {
+        &self.pm
+    }
+
+    /// Where the guest's wish to be switched off goes.
+    pub(crate) fn power(&self) -> &Arc<PowerSwitch> {
+        &self.power
+    }
+
+    /// Whether the guest runs, as the user wished.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running
+    }
+
+    /// Lets the guest run.
+    pub(crate) fn resume(&mut self) -> Result<(), vcpu::Error> {
+        self.vcpus.resume()?;
+        self.running = true;
+        Ok(())
+    }
+
+    /// Stops the guest between two instructions.
+    pub(crate) fn pause(&mut self) -> Result<(), vcpu::Error> {
+        self.vcpus.pause()?;
+        self.running = false;
+        Ok(())
+    }
+
+    /// How often the guest needed the VMM.
+    pub(crate) fn counters(&self) -> BTreeMap<String, u64> {
+        let Exits { pio, mmio } = &*self.exits;
+        BTreeMap::from([
+            ("exits-mmio".to_owned(), mmio.load(Ordering::Relaxed)),
+            ("exits-pio".to_owned(), pio.load(Ordering::Relaxed)),
+        ])
+    }
+
+    /// Saves everything but RAM. No vCPU may run.
+    ///
+    /// vCPUs first: what they did last is then in the other parts. The clock last.
+    pub(crate) fn save(&self, out: &mut StateWriter) -> Result<(), StateError> {
+        for (index, vcpu) in self.vcpus.iter().enumerate() {
+            let state = vcpu.save().map_err(owner("save the vCPU"))?;
+            out.at(format!("vcpu/{index}")).put(&state)?;
+        }
+        let irqchip = irqchip::save(self.vm.fd()).map_err(owner("save the irqchip"))?;
+        out.at("irqchip").put(&irqchip)?;
+        for (address, device) in &self.devices {
+            device.save(out.at(address.clone()))?;
+        }
+        let clock = save_clock(self.vm.fd()).map_err(owner("save the clock"))?;
+        out.at("clock").put(&clock)
+    }
+
+    /// Becomes what was saved. No vCPU has run yet.
+    pub(crate) fn load(&self, from: &mut StateReader<'_>) -> Result<(), StateError> {
+        for (index, vcpu) in self.vcpus.iter().enumerate() {
+            let state: VcpuV1 = from.at(format!("vcpu/{index}")).take()?;
+            vcpu.load(state).map_err(owner("load the vCPU"))?;
+        }
+        let irqchip: IrqchipV1 = from.at("irqchip").take()?;
+        irqchip::load(self.vm.fd(), &irqchip).map_err(owner("load the irqchip"))?;
+        for (address, device) in &self.devices {
+            device.load(from.at(address.clone()))?;
+        }
+        let clock: ClockV1 = from.at("clock").take()?;
+        load_clock(self.vm.fd(), &clock).map_err(owner("load the clock"))
+    }
+}
+
+fn owner<E>(what: &'static str) -> impl FnOnce(E) -> StateError
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    move |error| StateError::owner(what, error)
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine").field("config", &self.config).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,84 @@
+//! Guest RAM: one memory file, mapped here and shown to KVM.
+
+use std::fs::File;
+use std::io;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vm_memory::mmap::FromRangesError;
+use vm_memory::{FileOffset, GuestAddress};
+
+use crate::arch::layout;
+use crate::config::HugePages;
+
+/// Guest RAM with a bitmap of the pages that the VMM itself wrote.
+pub(crate) use migration::ram::Ram;
+
+/// Why there is no RAM for the guest.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The kernel gives no memory file of that size.
+    #[error("cannot have {} MiB of guest memory{}", .bytes >> 20, remedy(*.hugepages))]
+    Allocate {
+        /// Bytes asked for.
+        bytes: u64,
+        /// The page size asked for.
+        hugepages: Option<HugePages>,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The memory file cannot be mapped.
+    #[error("cannot map {} MiB of guest memory{}", .bytes >> 20, remedy(*.hugepages))]
+    Map {
+        /// Bytes asked for.
+        bytes: u64,
+        /// The page size asked for.
+        hugepages: Option<HugePages>,
+        /// Why not.
+        #[source]
+        source: FromRangesError,
+    },
+}
+
+fn remedy(hugepages: Option<HugePages>) -> &'static str {
+    match hugepages {
+        Some(_) => " in huge pages (reserve them: sysctl vm.nr_hugepages)",
+        None => "",
+    }
+}
+
+/// Makes `bytes` of zeroed RAM, laid out as the architecture has it.
+///
+/// The host's memory is taken page by page as the guest touches it.
+pub(crate) fn allocate(bytes: u64, hugepages: Option<HugePages>) -> Result<Ram, Error> {
+    let file = memory_file(bytes, hugepages).map_err(|source| Error::Allocate {
+        bytes,
+        hugepages,
+        source,
+    })?;
+    let mut offset = 0;
+    let mut ranges = Vec::new();
+    for (start, len) in layout::ram_ranges(bytes) {
+        let part =
+            file.try_clone().map_err(|source| Error::Allocate { bytes, hugepages, source })?;
+        let len_here = usize::try_from(len).map_err(|_| too_large(bytes, hugepages))?;
+        ranges.push((GuestAddress(start), len_here, Some(FileOffset::new(part, offset))));
+        offset += len;
+    }
+    Ram::from_ranges_with_files(ranges).map_err(|source| Error::Map { bytes, hugepages, source })
+}
+
+fn memory_file(bytes: u64, hugepages: Option<HugePages>) -> io::Result<File> {
+    let pages = match hugepages {
+        None => MemfdFlags::empty(),
+        Some(HugePages::Size2M) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+        Some(HugePages::Size1G) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
+    };
+    let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC | pages)?);
+    ftruncate(&file, bytes)?;
+    Ok(file)
+}
+
+fn too_large(bytes: u64, hugepages: Option<HugePages>) -> Error {
+    Error::Allocate { bytes, hugepages, source: io::ErrorKind::OutOfMemory.into() }
+}

@@ -1,0 +1,305 @@
+//! Migrations as threads beside the main loop: it gives a machine away and gets it, or one, back.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::Builder as Thread;
+use std::time::{Duration, Instant};
+
+use migration::guest::Departing;
+use migration::patience::{Cancel, Patience};
+use migration::plan::Phase;
+use migration::progress::{Stage, Watch};
+use migration::report::{Report, Status};
+use migration::wire::{Listener, connect_tcp, listen_tcp};
+use migration::{Arrived, Failure, Options, receive, send};
+
+use crate::config::Address;
+use crate::control::{
+    DeviceReport, DryRun, MigrateRequest, MigrationReport, MigrationStatus, PlannedStep, Progress,
+    Replier, Undecided,
+};
+use crate::event::{Event, Events};
+use crate::guest::{Awaiting, Builder, Leaving};
+
+/// How often whoever asked for a migration is told how far it is.
+const PROGRESS: Duration = Duration::from_millis(100);
+
+/// A migration under way, as the main loop holds it.
+#[derive(Clone, Debug)]
+pub(crate) struct Underway {
+    pub(crate) cancel: Cancel,
+    progress: Arc<Mutex<Progress>>,
+}
+
+impl Underway {
+    fn new() -> Self {
+        Self { cancel: Cancel::new(), progress: Arc::default() }
+    }
+
+    /// How far it is.
+    pub(crate) fn progress(&self) -> Progress {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// What came of a guest that was to leave.
+#[derive(Debug)]
+pub(crate) struct Departure {
+    pub(crate) guest: Leaving,
+    pub(crate) request: MigrateRequest,
+    pub(crate) reply: Replier,
+    pub(crate) result: Result<Report, Box<Failure>>,
+}
+
+/// Where the guest is after a departure.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// Elsewhere.
+    Gone,
+    /// Here, as it was.
+    Stayed,
+    /// Nobody knows.
+    Undecided(Undecided),
+}
+
+impl Departure {
+    /// Tells whoever asked for it, and gives the guest back with where it is.
+    pub(crate) fn conclude(self) -> (Outcome, Leaving) {
+        let Self { mut guest, request, reply, result } = self;
+        let outcome = match result {
+            Ok(_) if request.dry_run => {
+                let mut steps = |phase, name: &'static str| {
+                    let steps = guest.plan().names(phase).collect::<Vec<_>>();
+                    steps.into_iter().map(|step| PlannedStep { phase: name.to_owned(), step })
+                };
+                let plan = [(Phase::Precopy, "precopy"), (Phase::Quiesce, "quiesce")];
+                let plan = plan.into_iter().flat_map(|(phase, name)| steps(phase, name)).collect();
+                reply.finish(Ok(DryRun { to: request.to, plan }));
+                return (Outcome::Stayed, guest);
+            }
+            Ok(report) => {
+                reply.finish(Ok(tell(&report)));
+                Outcome::Gone
+            }
+            Err(failure) => {
+                reply.finish(Ok(tell(&failure.report)));
+                match failure.error {
+                    migration::Error::Undecided { token } => Outcome::Undecided(Undecided {
+                        token: token.to_string(),
+                        to: request.to,
+                        stopped_s: 0,
+                    }),
+                    _ => Outcome::Stayed,
+                }
+            }
+        };
+        (outcome, guest)
+    }
+}
+
+/// What came of waiting for a guest.
+pub(crate) type Arrival = Result<Arrived<Awaiting>, Box<Failure>>;
+
+/// A migration that there was no thread for.
+pub(crate) struct NotBegun {
+    pub(crate) guest: Leaving,
+    pub(crate) reply: Replier,
+    pub(crate) error: io::Error,
+}
+
+/// Moves `guest` on a thread of its own; [`Event::Departed`] brings it back.
+pub(crate) fn depart(
+    guest: Leaving,
+    request: MigrateRequest,
+    reply: Replier,
+    events: Events,
+) -> Result<Underway, Box<NotBegun>> {
+    let underway = Underway::new();
+    let mut meter = Meter::new(&underway);
+    let cancel = underway.cancel.clone();
+    // By a channel, so that the guest is not lost where no thread can be had.
+    let (hand, take) = channel::<(Leaving, MigrateRequest, Replier)>();
+    let thread = Thread::new().name("migration".into()).spawn(move || {
+        let Ok((mut guest, request, mut reply)) = take.recv() else { return };
+        let mut progress = |now: &migration::progress::Progress| {
+            if let Some(progress) = meter.measure(now) {
+                reply.progress(&progress);
+            }
+        };
+        let record = Box::new(migration::record::NoRecord);
+        let watch = Watch { progress: &mut progress, cancel, record };
+        let options = options(&request);
+        let result = match request.to.clone() {
+            Address::Tcp { host, port } => {
+                let limit = options.patience.greeting;
+                let connect =
+                    || -> io::Result<TcpStream> { connect_tcp((host.as_str(), port), limit) };
+                send(&mut guest, connect, &options, watch)
+            }
+            Address::Unix(path) => {
+                let connect = || -> io::Result<UnixStream> { UnixStream::connect(&path) };
+                send(&mut guest, connect, &options, watch)
+            }
+        };
+        events.send(Event::Departed(Box::new(Departure { guest, request, reply, result })));
+    });
+    match thread {
+        Ok(_) => {
+            hand.send((guest, request, reply)).expect("the thread waits for it");
+            Ok(underway)
+        }
+        Err(error) => Err(Box::new(NotBegun { guest, reply, error })),
+    }
+}
+
+fn options(request: &MigrateRequest) -> Options {
+    let mut options = Options {
+        dry_run: request.dry_run,
+        bandwidth_limit: request.bandwidth_limit,
+        ..Options::default()
+    };
+    options.policy.downtime_limit = Duration::from_millis(request.downtime_limit_ms);
+    options
+}
+
+/// Waits for a guest at `at` on a thread of its own; [`Event::Arrived`] brings it.
+///
+/// Returns the address with the port that was really taken.
+pub(crate) fn await_arrival(
+    at: &Address,
+    builder: Builder,
+    events: Events,
+) -> io::Result<(Underway, Address)> {
+    match at {
+        Address::Tcp { host, port } => {
+            let listener: TcpListener = listen_tcp((host.as_str(), *port))?;
+            let port = listener.local_addr()?.port();
+            let address = Address::Tcp { host: host.clone(), port };
+            Ok((arrive(listener, builder, events)?, address))
+        }
+        Address::Unix(path) => {
+            let listener = UnixListener::bind(path)?;
+            listener.set_nonblocking(true)?;
+            Ok((arrive(listener, builder, events)?, at.clone()))
+        }
+    }
+}
+
+fn arrive<L: Listener + 'static>(
+    listener: L,
+    mut builder: Builder,
+    events: Events,
+) -> io::Result<Underway> {
+    let underway = Underway::new();
+    let mut meter = Meter::new(&underway);
+    let cancel = underway.cancel.clone();
+    Thread::new().name("migration".into()).spawn(move || {
+        let mut progress = |now: &migration::progress::Progress| {
+            meter.measure(now);
+        };
+        let record = Box::new(migration::record::NoRecord);
+        let watch = Watch { progress: &mut progress, cancel, record };
+        let arrival = receive(&mut builder, listener, &Patience::default(), watch);
+        events.send(Event::Arrived(Box::new(arrival)));
+    })?;
+    Ok(underway)
+}
+
+/// Turns what the engine tells at every frame into what people want to see now and then.
+struct Meter {
+    shared: Arc<Mutex<Progress>>,
+    start: Instant,
+    last: Option<(Instant, u64)>,
+}
+
+impl Meter {
+    fn new(underway: &Underway) -> Self {
+        Self { shared: underway.progress.clone(), start: Instant::now(), last: None }
+    }
+
+    /// The progress, if it is time to tell it again.
+    fn measure(&mut self, now: &migration::progress::Progress) -> Option<Progress> {
+        let at = Instant::now();
+        let (since, before) = self.last.unwrap_or((self.start, 0));
+        let elapsed = at - since;
+        if self.last.is_some() && elapsed < PROGRESS {
+            return None;
+        }
+        self.last = Some((at, now.bytes_sent));
+        let sent = now.bytes_sent.saturating_sub(before);
+        let progress = Progress {
+            phase: phase(now.stage).to_owned(),
+            round: now.round,
+            round_bytes: now.round_done,
+            round_total: now.round_bytes,
+            bytes_sent: now.bytes_sent,
+            throughput_mib_s: mib(sent) / elapsed.as_secs_f64().max(1e-3),
+            elapsed_ms: u64::try_from((at - self.start).as_millis()).unwrap_or(u64::MAX),
+        };
+        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = progress.clone();
+        Some(progress)
+    }
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn phase(stage: Stage) -> &'static str {
+    match stage {
+        Stage::Preparing => "agreeing",
+        Stage::Copying => "copying",
+        Stage::Stopped => "switching over",
+        Stage::HandingOver => "handing over",
+    }
+}
+
+/// The engine's report as it goes over the control socket.
+fn tell(report: &Report) -> MigrationReport {
+    let Report {
+        status,
+        error,
+        total_ms,
+        downtime_ms,
+        rounds,
+        converged,
+        bytes_sent,
+        throughput_mib_s,
+        pages,
+        zero_pages,
+        state_bytes,
+        devices,
+    } = report;
+    MigrationReport {
+        status: match status {
+            Status::Completed => MigrationStatus::Completed,
+            Status::Failed => MigrationStatus::Failed,
+            Status::Cancelled => MigrationStatus::Cancelled,
+            Status::Undecided => MigrationStatus::Undecided,
+        },
+        error: error.clone(),
+        total_ms: *total_ms as f64,
+        downtime_ms: *downtime_ms as f64,
+        rounds: *rounds,
+        bytes_sent: *bytes_sent,
+        throughput_mib_s: *throughput_mib_s,
+        devices: devices
+            .iter()
+            .map(|device| DeviceReport {
+                id: device.id.clone(),
+                strategy: device.strategy.clone(),
+                paused_ms: device.paused_ms as f64,
+            })
+            .collect(),
+        more: BTreeMap::from([
+            ("converged".to_owned(), (*converged).into()),
+            ("pages".to_owned(), (*pages).into()),
+            ("zero_pages".to_owned(), (*zero_pages).into()),
+            ("state_bytes".to_owned(), (*state_bytes).into()),
+        ]),
+    }
+}

@@ -1,0 +1,163 @@
+//! What the control socket asks for, and what a stay answers.
+
+use std::mem;
+
+use migration::guest::Departing;
+
+use super::{Ending, Next, Session, Tenant};
+use crate::cause;
+use crate::control::{Call, Decision, Info, MigrateRequest, Replier, Request, State, Undecided};
+use crate::guest::{Leaving, Stays};
+use crate::machine::Machine;
+use crate::migrate::{self, NotBegun};
+
+impl Session {
+    /// Answers `call`, at once or, a migration, when it is over.
+    pub(super) fn answer(&mut self, call: Call) -> Next {
+        let Call { request, reply } = call;
+        match request {
+            Request::Info {} => reply.finish(Ok(self.info())),
+            Request::Pause {} => reply.finish(
+                self.machine("pause")
+                    .and_then(|machine| machine.pause().map_err(|error| cause::chain(&error))),
+            ),
+            Request::Resume {} => reply.finish(
+                self.machine("resume")
+                    .and_then(|machine| machine.resume().map_err(|error| cause::chain(&error))),
+            ),
+            Request::Stop { force: true } => {
+                reply.finish(Ok(()));
+                return self.next_unless_leaving(Next::End(Ending::Quit));
+            }
+            Request::Stop { force: false } => return self.stop(reply),
+            Request::Migrate(request) => self.migrate(request, reply),
+            Request::Cancel {} => reply.finish(self.cancel()),
+            Request::Resolve { decision } => return self.resolve(decision, reply),
+        }
+        Next::Stay
+    }
+
+    fn info(&self) -> Info {
+        let machine = match &self.tenant {
+            Tenant::Here(machine) => Some(machine),
+            _ => None,
+        };
+        let (state, underway, incoming) = match &self.tenant {
+            Tenant::Here(machine) if machine.is_running() => (State::Running, None, None),
+            Tenant::Here(_) | Tenant::Between => (State::Paused, None, None),
+            Tenant::Leaving { underway, .. } => (State::Migrating, Some(underway), None),
+            Tenant::Arriving { underway, at } => (State::Incoming, Some(underway), Some(at)),
+            Tenant::Undecided { .. } => (State::Undecided, None, None),
+        };
+        Info {
+            name: self.claim.name().clone(),
+            state,
+            cpus: self.shape.cpus,
+            memory: self.shape.memory,
+            pid: std::process::id(),
+            uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            serial: self.config.serial.clone(),
+            incoming: incoming.cloned(),
+            migration: underway.map(|underway| underway.progress()),
+            counters: machine.map(|machine| machine.counters()).unwrap_or_default(),
+        }
+    }
+
+    /// The machine, if it is here to do `what` with.
+    fn machine(&mut self, what: &str) -> Result<&mut Machine, String> {
+        match &mut self.tenant {
+            Tenant::Here(machine) => Ok(machine),
+            Tenant::Leaving { .. } => {
+                Err(format!("cannot {what} a guest that is being migrated: cancel that first"))
+            }
+            Tenant::Arriving { .. } => Err(format!("cannot {what}: no guest has arrived yet")),
+            Tenant::Undecided { .. } => {
+                Err(format!("cannot {what} a guest that may run elsewhere: see 'uvmm resolve'"))
+            }
+            Tenant::Between => Err(format!("cannot {what}: there is no guest")),
+        }
+    }
+
+    /// Asks the guest to switch itself off; what waits for a guest just ends.
+    fn stop(&mut self, reply: Replier) -> Next {
+        if let Tenant::Arriving { underway, .. } = &self.tenant {
+            underway.cancel.cancel();
+            reply.finish(Ok(()));
+            return Next::Stay;
+        }
+        reply.finish(self.machine("stop").and_then(|machine| {
+            if !machine.is_running() {
+                return Err("a paused guest does not see its power button: resume it first, or \
+                            use --force"
+                    .to_owned());
+            }
+            machine.pm().press_power_button();
+            Ok(())
+        }));
+        Next::Stay
+    }
+
+    fn migrate(&mut self, request: MigrateRequest, reply: Replier) {
+        if let Err(error) = self.machine("migrate") {
+            return reply.finish::<()>(Err(error));
+        }
+        let Tenant::Here(machine) = mem::replace(&mut self.tenant, Tenant::Between) else {
+            unreachable!("the machine is here")
+        };
+        let built_in = self.boot.as_ref().is_some_and(|boot| boot.kernel.is_none());
+        let guest = match Leaving::new(*machine, self.claim.name(), built_in) {
+            Ok(guest) => guest,
+            Err(Stays { machine, error }) => {
+                self.tenant = Tenant::Here(machine);
+                return reply.finish::<()>(Err(cause::chain(&error)));
+            }
+        };
+        self.tenant = match migrate::depart(guest, request, reply, self.host.events.clone()) {
+            Ok(underway) => Tenant::Leaving { underway, after: Next::Stay },
+            Err(not_begun) => {
+                let NotBegun { guest, reply, error } = *not_begun;
+                reply.finish::<()>(Err(format!("cannot start a thread: {error}")));
+                Tenant::Here(Box::new(guest.into_machine()))
+            }
+        };
+    }
+
+    fn cancel(&mut self) -> Result<(), String> {
+        match &self.tenant {
+            Tenant::Leaving { underway, .. } | Tenant::Arriving { underway, .. } => {
+                underway.cancel.cancel();
+                Ok(())
+            }
+            _ => Err("no migration is under way".to_owned()),
+        }
+    }
+
+    fn resolve(&mut self, decision: Option<Decision>, reply: Replier) -> Next {
+        let Tenant::Undecided { what, since, .. } = &self.tenant else {
+            let none = "there is nothing to resolve: no migration is undecided";
+            reply.finish::<()>(Err(none.to_owned()));
+            return Next::Stay;
+        };
+        match decision {
+            None => {
+                let stopped_s = since.elapsed().as_secs();
+                reply.finish(Ok(Undecided { stopped_s, ..what.clone() }));
+                Next::Stay
+            }
+            Some(Decision::Discard) => {
+                reply.finish(Ok(()));
+                Next::End(Ending::Quit)
+            }
+            Some(Decision::RunHere) => {
+                let tenant = mem::replace(&mut self.tenant, Tenant::Between);
+                if let Tenant::Undecided { mut guest, .. } = tenant {
+                    guest.plan().undo();
+                    guest.dirty().stop();
+                    self.tenant = Tenant::Here(Box::new(guest.into_machine()));
+                }
+                reply.finish(Ok(()));
+                Next::Stay
+            }
+        }
+    }
+}

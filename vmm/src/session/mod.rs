@@ -1,0 +1,274 @@
+//! `uvmm run`: one guest's stay on this host, from its start or arrival to its end or departure.
+
+mod calls;
+mod error;
+mod seat;
+
+use std::mem;
+use std::time::Instant;
+
+use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use migration::Answering;
+
+pub(crate) use error::Error;
+use seat::SerialSeat;
+
+use crate::config::{Address, Boot, MachineConfig, RunConfig};
+use crate::console::Console;
+use crate::control::{Claim, RuntimeDir, Server, Undecided};
+use crate::event::{self, Event, Events, Wake};
+use crate::guest::{Builder, Leaving};
+use crate::machine::{HostSide, Machine};
+use crate::migrate::{self, Arrival, Departure, Outcome, Underway};
+use crate::signals::Signals;
+use crate::vcpu::block_kicks;
+
+/// How a stay ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// The guest switched itself off.
+    Off,
+    /// The user ended it.
+    Quit,
+    /// The process got this signal.
+    Signal(i32),
+    /// The guest runs on another host.
+    Migrated,
+    /// The guest cannot go on: a triple fault, an error of KVM.
+    Died(String),
+}
+
+/// Starts what `config` says, or waits for it to arrive, and stays with it to its end.
+///
+/// # Errors
+/// There is no guest: it could not be started, or none arrived.
+pub(crate) fn run(config: RunConfig) -> Result<Ending, Error> {
+    // Before any thread is started: they inherit it.
+    block_kicks().map_err(Error::Signals)?;
+    let claim = RuntimeDir::open()?.claim(config.name.as_ref())?;
+    let (events, queue) = event::queue().map_err(Error::Events)?;
+    let console = Console::open(&config.serial)?;
+    let host = HostSide {
+        hugepages: config.hugepages,
+        output: console.output(),
+        room: console.room(),
+        events: events.clone(),
+    };
+    let seat = SerialSeat::default();
+    let mut manager = subscribe(&claim, console, &seat, &events, queue.wake())?;
+    let mut session = Session::start(config, claim, host, seat)?;
+    loop {
+        while let Some(event) = queue.next() {
+            if let Some(ending) = session.act(event)? {
+                return Ok(session.end(ending));
+            }
+        }
+        manager.run().map_err(Error::EventLoop)?;
+    }
+}
+
+type Subscriber = Box<dyn MutEventSubscriber>;
+
+/// Makes an event of everything that this process is told from outside.
+fn subscribe(
+    claim: &Claim,
+    console: Console,
+    seat: &SerialSeat,
+    events: &Events,
+    wake: &Wake,
+) -> Result<EventManager<Subscriber>, Error> {
+    let mut manager = EventManager::<Subscriber>::new().map_err(Error::EventLoop)?;
+    let (calls, quits, signals) = (events.clone(), events.clone(), events.clone());
+    let seat = seat.clone();
+    let subscribers: [Subscriber; 4] = [
+        Box::new(wake.clone()),
+        Box::new(Server::new(claim, move |call| calls.send(Event::Call(call)))?),
+        Box::new(
+            Signals::new(move |signal| signals.send(Event::Signal(signal)))
+                .map_err(Error::Events)?,
+        ),
+        Box::new(console.attach(move |bytes| seat.type_in(bytes), move || quits.send(Event::Quit))),
+    ];
+    for subscriber in subscribers {
+        manager.add_subscriber(subscriber);
+    }
+    Ok(manager)
+}
+
+/// A stay, with all that outlives the machines in it.
+struct Session {
+    config: RunConfig,
+    claim: Claim,
+    host: HostSide,
+    seat: SerialSeat,
+    started: Instant,
+    /// The machine as it was asked for, or as it arrived.
+    shape: MachineConfig,
+    tenant: Tenant,
+    /// What a guest boots from that asks for a reset; none if it came without that.
+    boot: Option<Boot>,
+    /// Still tells the source of a guest that arrived that it runs here.
+    answering: Option<Answering>,
+}
+
+/// Where the guest is.
+enum Tenant {
+    /// Here.
+    Here(Box<Machine>),
+    /// On its way out; its machine is with the migration. `after` is what comes next if it does
+    /// not get away.
+    Leaving { underway: Underway, after: Next },
+    /// On its way in, or awaited at this address.
+    Arriving { underway: Underway, at: Address },
+    /// Here and standing still, since nobody knows whether it runs elsewhere.
+    Undecided { guest: Box<Leaving>, what: Undecided, since: Instant },
+    /// Nowhere: only while one of the others takes the place of another.
+    Between,
+}
+
+/// What an event leads to.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// The stay goes on.
+    Stay,
+    /// The guest boots again.
+    Boot,
+    /// The stay ends.
+    End(Ending),
+}
+
+impl Session {
+    fn start(
+        config: RunConfig,
+        claim: Claim,
+        host: HostSide,
+        seat: SerialSeat,
+    ) -> Result<Self, Error> {
+        let mut session = Self {
+            boot: Some(config.boot.clone()),
+            shape: config.machine.clone(),
+            config,
+            claim,
+            host,
+            seat,
+            started: Instant::now(),
+            tenant: Tenant::Between,
+            answering: None,
+        };
+        match session.config.incoming.clone() {
+            None => session.boot()?,
+            Some(address) => session.await_guest(address)?,
+        }
+        Ok(session)
+    }
+
+    /// Starts the guest afresh.
+    fn boot(&mut self) -> Result<(), Error> {
+        // The old machine's RAM is given back before the new one's is taken.
+        self.tenant = Tenant::Between;
+        let boot = self.boot.as_ref().ok_or(Error::NothingToBoot)?;
+        let mut machine = Machine::booted(&self.shape, boot, &self.host)?;
+        self.seat.set(Some(machine.com1().clone()));
+        machine.resume()?;
+        self.tenant = Tenant::Here(Box::new(machine));
+        Ok(())
+    }
+
+    fn await_guest(&mut self, address: Address) -> Result<(), Error> {
+        let builder = Builder::new(self.host.clone());
+        let (underway, at) = migrate::await_arrival(&address, builder, self.host.events.clone())
+            .map_err(|source| Error::Incoming { at: address, source })?;
+        tracing::info!(%at, "waiting for a guest");
+        self.tenant = Tenant::Arriving { underway, at };
+        Ok(())
+    }
+
+    /// Acts on `event`; tells the ending if it leads to one.
+    fn act(&mut self, event: Event) -> Result<Option<Ending>, Error> {
+        let next = match event {
+            Event::Call(call) => self.answer(call),
+            Event::Off => self.next_unless_leaving(Next::End(Ending::Off)),
+            Event::Reset => self.next_unless_leaving(Next::Boot),
+            Event::Died { vcpu, why } => {
+                let why = format!("vCPU {vcpu}: {why}");
+                self.next_unless_leaving(Next::End(Ending::Died(why)))
+            }
+            Event::Signal(signal) => self.next_unless_leaving(Next::End(Ending::Signal(signal))),
+            Event::Quit => self.next_unless_leaving(Next::End(Ending::Quit)),
+            Event::Departed(departure) => self.departed(*departure),
+            Event::Arrived(arrival) => self.arrived(*arrival)?,
+        };
+        match next {
+            Next::Stay => Ok(None),
+            Next::Boot => self.boot().map(|()| None),
+            Next::End(ending) => Ok(Some(ending)),
+        }
+    }
+
+    /// `next`, now or once a migration under way has come to its own end.
+    fn next_unless_leaving(&mut self, next: Next) -> Next {
+        match &mut self.tenant {
+            Tenant::Leaving { underway, after } => {
+                underway.cancel.cancel();
+                *after = next;
+                Next::Stay
+            }
+            _ => next,
+        }
+    }
+
+    fn departed(&mut self, departure: Departure) -> Next {
+        let Tenant::Leaving { after, .. } = mem::replace(&mut self.tenant, Tenant::Between) else {
+            unreachable!("a departure ends the leaving that it began with")
+        };
+        let stopped = Instant::now();
+        let (outcome, guest) = departure.conclude();
+        match outcome {
+            Outcome::Gone => return Next::End(Ending::Migrated),
+            Outcome::Stayed => self.tenant = Tenant::Here(Box::new(guest.into_machine())),
+            Outcome::Undecided(what) => {
+                self.tenant = Tenant::Undecided { guest: Box::new(guest), what, since: stopped };
+            }
+        }
+        after
+    }
+
+    fn arrived(&mut self, arrival: Arrival) -> Result<Next, Error> {
+        match arrival {
+            Ok(arrived) => {
+                let (machine, built_in) = arrived.guest.into_machine();
+                let local = self.config.boot.kernel.is_some();
+                self.boot = (local || built_in).then(|| self.config.boot.clone());
+                self.shape = machine.config().clone();
+                self.seat.set(Some(machine.com1().clone()));
+                self.answering = Some(arrived.answering);
+                self.tenant = Tenant::Here(Box::new(machine));
+                Ok(Next::Stay)
+            }
+            Err(failure) => {
+                self.answering = failure.answering;
+                self.wait_for_source();
+                // Whoever cancelled a wait wanted the end.
+                match failure.error {
+                    migration::Error::Cancelled => Ok(Next::End(Ending::Quit)),
+                    error => Err(Error::Arrival(error)),
+                }
+            }
+        }
+    }
+
+    /// Ends the stay.
+    fn end(mut self, ending: Ending) -> Ending {
+        self.seat.set(None);
+        self.tenant = Tenant::Between;
+        self.wait_for_source();
+        ending
+    }
+
+    /// A source that nobody answers would not know whether it may resume the guest.
+    fn wait_for_source(&mut self) {
+        if let Some(answering) = self.answering.take() {
+            answering.wait();
+        }
+    }
+}

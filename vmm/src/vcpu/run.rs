@@ -1,0 +1,155 @@
+//! The thread of a vCPU: in the guest, at a device, or waiting to be told.
+
+// UNSAFETY: the width of a port access is in a union of the shared run structure.
+#![expect(unsafe_code, reason = "kvm_run's union is read for the exit that it belongs to")]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+
+use devices::bus::Bus;
+use kvm_bindings::kvm_run;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::{Command, signal};
+use crate::arch::{msr, vcpu};
+use crate::event::{Event, Events};
+use crate::kvm::Vm;
+
+/// What a vCPU's exits go to.
+#[derive(Clone)]
+pub(crate) struct Wiring {
+    pub(crate) pio: Arc<Bus>,
+    pub(crate) mmio: Arc<Bus>,
+    pub(crate) events: Events,
+    pub(crate) exits: Arc<Exits>,
+}
+
+/// How often vCPUs left the guest for the VMM.
+#[derive(Debug, Default)]
+pub(crate) struct Exits {
+    pub(crate) pio: AtomicU64,
+    pub(crate) mmio: AtomicU64,
+}
+
+pub(super) struct Runner {
+    index: u8,
+    fd: VcpuFd,
+    vm: Arc<Vm>,
+    wiring: Wiring,
+    running: bool,
+}
+
+impl Runner {
+    pub(super) fn new(index: u8, fd: VcpuFd, vm: Arc<Vm>, wiring: Wiring) -> Self {
+        Self { index, fd, vm, wiring, running: false }
+    }
+
+    /// Does what it is told until it is told to end.
+    pub(super) fn serve(mut self, commands: &Receiver<Command>) {
+        loop {
+            let command = if self.running {
+                self.enter();
+                match commands.try_recv() {
+                    Ok(command) => Some(command),
+                    Err(TryRecvError::Empty) => continue,
+                    Err(TryRecvError::Disconnected) => None,
+                }
+            } else {
+                commands.recv().ok()
+            };
+            match command {
+                Some(Command::Resume) => self.resume(),
+                Some(Command::Pause(reply)) => self.pause(&reply),
+                Some(Command::Save(reply)) => drop(reply.send(self.save())),
+                Some(Command::Load(state, reply)) => {
+                    drop(reply.send(vcpu::load(self.vm.kvm(), &self.fd, *state)));
+                }
+                Some(Command::Exit) | None => return,
+            }
+        }
+    }
+
+    fn resume(&mut self) {
+        vcpu::note_pause(&self.fd);
+        self.running = true;
+    }
+
+    fn pause(&mut self, reply: &Sender<()>) {
+        if std::mem::take(&mut self.running) {
+            self.complete_exit();
+        }
+        // Whoever asked may have given up.
+        let _ = reply.send(());
+    }
+
+    fn save(&self) -> Result<vcpu::VcpuV1, crate::kvm::Error> {
+        let msrs = msr::of_state(self.vm.kvm())?;
+        vcpu::save(self.vm.kvm(), &self.fd, &msrs)
+    }
+
+    /// Finishes an instruction that waits for the result of its exit: KVM does so at the next
+    /// KVM_RUN, and no ioctl tells of it before.
+    fn complete_exit(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        if let Ok(exit) = self.fd.run() {
+            tracing::error!(index = self.index, ?exit, "an exit while one was completed");
+        }
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
+    /// Enters the guest until it leaves for any reason, and serves that.
+    fn enter(&mut self) {
+        let run = std::ptr::from_ref(self.fd.get_kvm_run());
+        let Wiring { pio, mmio, exits, .. } = &self.wiring;
+        let died = match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                exits.pio.fetch_add(1, Ordering::Relaxed);
+                for access in data.chunks_mut(port_width(run)) {
+                    pio.read(u64::from(port), access);
+                }
+                return;
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                exits.pio.fetch_add(1, Ordering::Relaxed);
+                for access in data.chunks(port_width(run)) {
+                    pio.write(u64::from(port), access);
+                }
+                return;
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                exits.mmio.fetch_add(1, Ordering::Relaxed);
+                return mmio.read(address, data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                exits.mmio.fetch_add(1, Ordering::Relaxed);
+                return mmio.write(address, data);
+            }
+            Ok(VcpuExit::Intr) => return,
+            Ok(VcpuExit::Shutdown) => "triple fault".to_owned(),
+            Ok(VcpuExit::InternalError) => {
+                "KVM gave up on an instruction (KVM_EXIT_INTERNAL_ERROR)".to_owned()
+            }
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                format!("the processor refused to enter the guest (reason {reason:#x})")
+            }
+            Ok(exit) => format!("KVM left the guest for a reason unknown here: {exit:?}"),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                return signal::take_kick();
+            }
+            Err(error) => format!("KVM_RUN: {error}"),
+        };
+        self.running = false;
+        self.wiring.events.send(Event::Died { vcpu: self.index, why: died });
+    }
+}
+
+/// Bytes of one access of a port exit: a string instruction makes several in one exit.
+fn port_width(run: *const kvm_run) -> usize {
+    // SAFETY: `run` is the vCPU's run structure, mapped as long as its file descriptor is open,
+    // and KVM writes it only within KVM_RUN.
+    let exit = unsafe { (*run).__bindgen_anon_1 };
+    // SAFETY: every bit pattern is a valid byte.
+    let width = unsafe { exit.io.size };
+    usize::from(width).max(1)
+}
