@@ -55,7 +55,7 @@ pub(crate) fn run(config: RunConfig) -> Result<Ending, Error> {
         output: console.output(),
         room: console.room(),
         alarm: Alarm::new().map_err(Error::Events)?,
-        events: events,
+        events,
     };
     let seat = Seat::default();
     let mut manager = subscribe(&claim, console, &seat, &host, queue.wake())?;
