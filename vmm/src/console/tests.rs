@@ -107,6 +107,8 @@ fn output_that_did_not_fit_is_written_when_there_is_room() {
     line.output.write_all(&[b'x'; 100_000]).unwrap();
     let mut received = 0;
     while received < 100_000 {
+        let waiting = rustix::io::ioctl_fionread(&reader).unwrap();
+        assert!(waiting > 0, "{received} bytes came and the rest never will");
         let mut chunk = [0; 4096];
         received += reader.read(&mut chunk).unwrap();
         line.settle();
