@@ -43,7 +43,10 @@ impl FakeVm {
         let answer = move |Call { request, mut reply }: Call| match request {
             Request::Info {} => reply.finish(Ok(info(&own_name, state))),
             Request::Pause {} => reply.finish::<()>(Err("it is migrating".into())),
-            Request::Cancel {} => kept.push(reply),
+            Request::Cancel {} => {
+                reply.progress(&Progress::default());
+                kept.push(reply);
+            }
             Request::Stop { .. } => drop(reply),
             Request::Migrate(_) => {
                 for round in 0..10_000 {
@@ -201,9 +204,9 @@ fn when_all_places_are_busy_a_client_is_told() {
     for _ in 0..32 {
         let mut stream = UnixStream::connect(&path).unwrap();
         stream.write_all(b"{\"command\":\"cancel\"}\n").unwrap();
+        stream.read_exact(&mut [0]).expect("it is being served");
         waiting.push(stream);
     }
-    thread::sleep(Duration::from_millis(200));
     let busy = connect(&dir).ask::<Info>(&Request::Info {}).unwrap_err();
     assert!(busy.to_string().contains("busy"), "{busy}");
 }
