@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use devices::power::Power;
+use devices::legacy::Power;
 
 use crate::event::{Event, Events};
 

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use devices::bus::Bus;
-use devices::legacy::pm::PowerManagement;
-use devices::legacy::reset::ResetControl;
-use devices::legacy::rtc::Rtc;
-use devices::legacy::serial::Serial;
+use devices::bus::{Bus, BusError};
+use devices::legacy::i8042::{self, I8042};
+use devices::legacy::pm::{self, PmControl, PmEvents};
+use devices::legacy::reset::{self, ResetControl};
+use devices::legacy::rtc::{self, Rtc};
+use devices::legacy::serial::{self, Serial};
 use kvm_ioctls::VcpuFd;
 
-use super::{Device, Machine};
-use crate::arch::layout::{COM1_IRQ, COM1_PORT, PM1A_EVT, RESET_PORT, RTC_IRQ, RTC_PORT, SCI_IRQ};
+use super::{Alarm, Device, HostEnds, Machine};
 use crate::arch::{acpi, cpuid, msr, regs};
 use crate::boot;
 use crate::config::{Boot, HugePages, MachineConfig};
@@ -29,6 +29,8 @@ pub(crate) struct HostSide {
     pub(crate) output: Output,
     /// What COM1 rings when it can take more input.
     pub(crate) room: Room,
+    /// What the real-time clock rings when it has to be looked at.
+    pub(crate) alarm: Alarm,
     pub(crate) events: Events,
 }
 
@@ -60,7 +62,7 @@ pub(crate) enum Error {
         address: String,
         /// Why.
         #[source]
-        source: devices::bus::Error,
+        source: BusError,
     },
 }
 
@@ -96,24 +98,34 @@ impl Machine {
         load(vm.ram(), &fds[0])?;
 
         let power = Arc::new(PowerSwitch::new(host.events.clone()));
-        let com1 = Serial::new(IrqLine::new(vm.clone(), COM1_IRQ), Box::new(host.output.clone()));
-        let pm = PowerManagement::new(IrqLine::new(vm.clone(), SCI_IRQ), power.clone());
-        let rtc = Rtc::new(IrqLine::new(vm.clone(), RTC_IRQ));
-        let reset = ResetControl::new(power.clone());
-        let (com1, pm) = (Arc::new(com1), Arc::new(pm));
+        let (alarm, room) = (host.alarm.clone(), host.room.clone());
+        let line = |gsi| IrqLine::new(vm.clone(), gsi);
+        let host_ends = HostEnds {
+            com1: Arc::new(Serial::new(
+                line(serial::IRQ),
+                Box::new(host.output.clone()),
+                move || {
+                    room.notify();
+                },
+            )),
+            rtc: Arc::new(Rtc::new(line(rtc::IRQ), move || alarm.ring())),
+            pm: Arc::new(PmEvents::new(line(pm::SCI))),
+        };
         // Where each device is, which is also its name in a saved state.
-        let devices: [(u16, u16, Arc<dyn Device>); 4] = [
-            (COM1_PORT, 8, com1.clone()),
-            (RTC_PORT, 2, Arc::new(rtc)),
-            (PM1A_EVT, 6, pm.clone()),
-            (RESET_PORT, 1, Arc::new(reset)),
+        let devices: [(u64, u64, Arc<dyn Device>); 6] = [
+            (serial::PORT, serial::SIZE, host_ends.com1.clone()),
+            (rtc::PORT, rtc::SIZE, host_ends.rtc.clone()),
+            (pm::EVENTS_PORT, pm::EVENTS_SIZE, host_ends.pm.clone()),
+            (pm::CONTROL_PORT, pm::CONTROL_SIZE, Arc::new(PmControl::new(power.clone()))),
+            (reset::PORT, 1, Arc::new(ResetControl::new(power.clone()))),
+            (i8042::PORT, 1, Arc::new(I8042::new(power.clone()))),
         ];
 
-        let (mut pio, mmio) = (Bus::new(), Bus::new());
+        let (pio, mmio) = (Bus::new(), Bus::new());
         let mut named = Vec::new();
         for (port, ports, device) in devices {
             let address = format!("pio/{port:x}");
-            pio.insert(port.into(), ports.into(), device.clone())
+            pio.insert(port, ports, device.clone())
                 .map_err(|source| Error::Bus { address: address.clone(), source })?;
             named.push((address, device));
         }
@@ -135,8 +147,7 @@ impl Machine {
             tsc_khz,
             running: false,
             exits,
-            com1,
-            pm,
+            host_ends,
             power,
         })
     }

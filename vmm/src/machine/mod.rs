@@ -1,5 +1,6 @@
 //! A virtual machine: everything in it, running or not, and its saved state.
 
+mod alarm;
 mod assemble;
 
 use std::collections::BTreeMap;
@@ -8,10 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use devices::bus::BusDevice;
-use devices::legacy::pm::PowerManagement;
+use devices::legacy::pm::PmEvents;
+use devices::legacy::rtc::Rtc;
 use devices::legacy::serial::Serial;
 use migration::state::{Migratable, StateError, StateReader, StateWriter};
 
+pub(crate) use alarm::Alarm;
 pub(crate) use assemble::Error;
 pub(crate) use assemble::HostSide;
 
@@ -34,9 +37,19 @@ pub(crate) struct Machine {
     tsc_khz: u32,
     running: bool,
     exits: Arc<Exits>,
-    com1: Arc<Serial>,
-    pm: Arc<PowerManagement>,
+    host_ends: HostEnds,
     power: Arc<PowerSwitch>,
+}
+
+/// The devices whose other end is turned to the host.
+#[derive(Clone)]
+pub(crate) struct HostEnds {
+    /// Behind the console.
+    pub(crate) com1: Arc<Serial>,
+    /// Behind the host's clock.
+    pub(crate) rtc: Arc<Rtc>,
+    /// Behind the power button.
+    pub(crate) pm: Arc<PmEvents>,
 }
 
 /// What is on a machine's buses.
@@ -60,14 +73,9 @@ impl Machine {
         self.tsc_khz
     }
 
-    /// The device behind the console.
-    pub(crate) fn com1(&self) -> &Arc<Serial> {
-        &self.com1
-    }
-
-    /// The device behind the power button.
-    pub(crate) fn pm(&self) -> &Arc<PowerManagement> {
-        &self.pm
+    /// What is turned to the host.
+    pub(crate) fn host_ends(&self) -> &HostEnds {
+        &self.host_ends
     }
 
     /// Where the guest's wish to be switched off goes.

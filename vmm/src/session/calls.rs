@@ -91,7 +91,7 @@ impl Session {
                             use --force"
                     .to_owned());
             }
-            machine.pm().press_power_button();
+            machine.host_ends().pm.press_power_button();
             Ok(())
         }));
         Next::Stay

@@ -1,5 +1,6 @@
 //! `uvmm run`: one guest's stay on this host, from its start or arrival to its end or departure.
 
+mod alarm;
 mod calls;
 mod error;
 mod seat;
@@ -10,15 +11,16 @@ use std::time::Instant;
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use migration::Answering;
 
+use alarm::AlarmClock;
 pub(crate) use error::Error;
-use seat::SerialSeat;
+use seat::Seat;
 
 use crate::config::{Address, Boot, MachineConfig, RunConfig};
 use crate::console::Console;
 use crate::control::{Claim, RuntimeDir, Server, Undecided};
-use crate::event::{self, Event, Events, Wake};
+use crate::event::{self, Event, Wake};
 use crate::guest::{Builder, Leaving};
-use crate::machine::{HostSide, Machine};
+use crate::machine::{Alarm, HostSide, Machine};
 use crate::migrate::{self, Arrival, Departure, Outcome, Underway};
 use crate::signals::Signals;
 use crate::vcpu::block_kicks;
@@ -52,10 +54,11 @@ pub(crate) fn run(config: RunConfig) -> Result<Ending, Error> {
         hugepages: config.hugepages,
         output: console.output(),
         room: console.room(),
-        events: events.clone(),
+        alarm: Alarm::new().map_err(Error::Events)?,
+        events,
     };
-    let seat = SerialSeat::default();
-    let mut manager = subscribe(&claim, console, &seat, &events, queue.wake())?;
+    let seat = Seat::default();
+    let mut manager = subscribe(&claim, console, &seat, &host, queue.wake())?;
     let mut session = Session::start(config, claim, host, seat)?;
     loop {
         while let Some(event) = queue.next() {
@@ -73,14 +76,17 @@ type Subscriber = Box<dyn MutEventSubscriber>;
 fn subscribe(
     claim: &Claim,
     console: Console,
-    seat: &SerialSeat,
-    events: &Events,
+    seat: &Seat,
+    host: &HostSide,
     wake: &Wake,
 ) -> Result<EventManager<Subscriber>, Error> {
     let mut manager = EventManager::<Subscriber>::new().map_err(Error::EventLoop)?;
-    let (calls, quits, signals) = (events.clone(), events.clone(), events.clone());
+    let events = || host.events.clone();
+    let (calls, quits, signals) = (events(), events(), events());
+    let alarm = AlarmClock::new(seat.clone(), host.alarm.clone()).map_err(Error::Events)?;
     let seat = seat.clone();
-    let subscribers: [Subscriber; 4] = [
+    let subscribers: [Subscriber; 5] = [
+        Box::new(alarm),
         Box::new(wake.clone()),
         Box::new(Server::new(claim, move |call| calls.send(Event::Call(call)))?),
         Box::new(
@@ -100,7 +106,7 @@ struct Session {
     config: RunConfig,
     claim: Claim,
     host: HostSide,
-    seat: SerialSeat,
+    seat: Seat,
     started: Instant,
     /// The machine as it was asked for, or as it arrived.
     shape: MachineConfig,
@@ -138,12 +144,7 @@ enum Next {
 }
 
 impl Session {
-    fn start(
-        config: RunConfig,
-        claim: Claim,
-        host: HostSide,
-        seat: SerialSeat,
-    ) -> Result<Self, Error> {
+    fn start(config: RunConfig, claim: Claim, host: HostSide, seat: Seat) -> Result<Self, Error> {
         let mut session = Self {
             boot: Some(config.boot.clone()),
             shape: config.machine.clone(),
@@ -168,7 +169,8 @@ impl Session {
         self.tenant = Tenant::Between;
         let boot = self.boot.as_ref().ok_or(Error::NothingToBoot)?;
         let mut machine = Machine::booted(&self.shape, boot, &self.host)?;
-        self.seat.set(Some(machine.com1().clone()));
+        self.seat.take(&machine);
+        self.host.alarm.ring();
         machine.resume()?;
         self.tenant = Tenant::Here(Box::new(machine));
         Ok(())
@@ -240,7 +242,8 @@ impl Session {
                 let local = self.config.boot.kernel.is_some();
                 self.boot = (local || built_in).then(|| self.config.boot.clone());
                 self.shape = machine.config().clone();
-                self.seat.set(Some(machine.com1().clone()));
+                self.seat.take(&machine);
+                self.host.alarm.ring();
                 self.answering = Some(arrived.answering);
                 self.tenant = Tenant::Here(Box::new(machine));
                 Ok(Next::Stay)
@@ -259,7 +262,7 @@ impl Session {
 
     /// Ends the stay.
     fn end(mut self, ending: Ending) -> Ending {
-        self.seat.set(None);
+        self.seat.leave();
         self.tenant = Tenant::Between;
         self.wait_for_source();
         ending

@@ -1,22 +1,40 @@
-//! The place of the serial device: machines come and go, the console stays.
+//! The place of the machine: machines come and go, the console and the host's clock stay.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use devices::legacy::serial::Serial;
+use crate::machine::{HostEnds, Machine};
 
-/// Where the console's input goes: to the machine that is here now.
+/// The machine that is here now, for those that are turned to any machine.
 #[derive(Clone, Default)]
-pub(super) struct SerialSeat(Arc<Mutex<Option<Arc<Serial>>>>);
+pub(super) struct Seat(Arc<Mutex<Option<HostEnds>>>);
 
-impl SerialSeat {
-    /// Connects the console to a machine's serial device, or to none.
-    pub(super) fn set(&self, serial: Option<Arc<Serial>>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = serial;
+impl Seat {
+    /// Puts a machine here.
+    pub(super) fn take(&self, machine: &Machine) {
+        *self.lock() = Some(machine.host_ends().clone());
+    }
+
+    /// Leaves it empty.
+    pub(super) fn leave(&self) {
+        *self.lock() = None;
     }
 
     /// Hands input to the guest; returns how many bytes it took. With no guest it takes none.
     pub(super) fn type_in(&self, bytes: &[u8]) -> usize {
-        let serial = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        serial.map_or(0, |serial| serial.receive(bytes))
+        self.here().map_or(0, |ends| ends.com1.push(bytes))
+    }
+
+    /// Lets the real-time clock interrupt; returns how long until it must be asked again.
+    pub(super) fn tick(&self) -> Option<Duration> {
+        self.here().and_then(|ends| ends.rtc.poll())
+    }
+
+    fn here(&self) -> Option<HostEnds> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<HostEnds>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

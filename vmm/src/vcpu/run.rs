@@ -119,11 +119,13 @@ impl Runner {
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
                 exits.mmio.fetch_add(1, Ordering::Relaxed);
-                return mmio.read(address, data);
+                mmio.read(address, data);
+                return;
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 exits.mmio.fetch_add(1, Ordering::Relaxed);
-                return mmio.write(address, data);
+                mmio.write(address, data);
+                return;
             }
             Ok(VcpuExit::Intr) => return,
             Ok(VcpuExit::Shutdown) => "triple fault".to_owned(),

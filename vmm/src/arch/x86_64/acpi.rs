@@ -8,6 +8,7 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use devices::legacy::{pm, reset, rtc, serial};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout;
@@ -23,11 +24,6 @@ const HEADER_BYTES: u32 = 36;
 /// set, no keyboard controller, whose probing would take a guest longer than anything else here.
 const LEGACY_DEVICES: u16 = 1;
 const NO_VGA: u16 = 1 << 2;
-
-/// The sleep type of S5 in PM1 control; the power device knows the same number.
-const S5: u8 = 5;
-/// Full reset in the reset control register.
-const RESET: u8 = 6;
 
 /// Interrupt flags of the MADT (5.2.12.5): as the bus has it; active high and level-triggered.
 const BUS_DEFAULT: u16 = 0;
@@ -76,10 +72,15 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
+fn io_port(port: u64) -> u16 {
+    u16::try_from(port).expect("ports have 16 bits")
+}
+
 /// What there is beside the fixed hardware, in AML.
 fn dsdt(cpus: u8) -> Sdt {
     let mut aml = Vec::new();
-    Name::new(Path::new("_S5_"), &Package::new(vec![&S5, &0u8, &0u8, &0u8])).to_aml_bytes(&mut aml);
+    Name::new(Path::new("_S5_"), &Package::new(vec![&pm::S5, &0u8, &0u8, &0u8]))
+        .to_aml_bytes(&mut aml);
     for cpu in 0..cpus {
         Device::new(
             Path::new(&format!("_SB_.C{cpu:03}")),
@@ -88,6 +89,7 @@ fn dsdt(cpus: u8) -> Sdt {
         .to_aml_bytes(&mut aml);
     }
     let mut device = |name, id, port, ports, irq| {
+        let (port, ports) = (io_port(port), u8::try_from(ports).expect("a few ports"));
         let io = IO::new(port, port, 1, ports);
         let interrupt = Interrupt::new(true, true, false, false, irq);
         Device::new(
@@ -100,8 +102,8 @@ fn dsdt(cpus: u8) -> Sdt {
         )
         .to_aml_bytes(&mut aml);
     };
-    device("_SB_.COM1", "PNP0501", layout::COM1_PORT, 8, layout::COM1_IRQ);
-    device("_SB_.RTC_", "PNP0B00", 0x70, 2, layout::RTC_IRQ);
+    device("_SB_.COM1", "PNP0501", serial::PORT, serial::SIZE, serial::IRQ);
+    device("_SB_.RTC_", "PNP0B00", rtc::PORT, rtc::SIZE, rtc::IRQ);
 
     let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, 6, OEM, OEM_TABLE, OEM_REVISION);
     table.append_slice(&aml);
@@ -111,9 +113,7 @@ fn dsdt(cpus: u8) -> Sdt {
 /// The fixed hardware (5.2.9): power button, sleep, reset.
 fn fadt(facs: u64, dsdt: u64) -> acpi_tables::fadt::FADT {
     let low = |address: u64| u32::try_from(address).expect("the tables lie below 1 MiB");
-    let io = |port: u16, bits| {
-        GAS::new(AddressSpace::SystemIo, bits, 0, AccessSize::Undefined, u64::from(port))
-    };
+    let io = |port, bits| GAS::new(AddressSpace::SystemIo, bits, 0, AccessSize::Undefined, port);
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .firmware_ctrl_32(low(facs))
         .dsdt_64(dsdt)
@@ -122,25 +122,20 @@ fn fadt(facs: u64, dsdt: u64) -> acpi_tables::fadt::FADT {
         .flag(Flags::SlpButton)
         .flag(Flags::ResetRegSup);
     fadt.dsdt = low(dsdt).into();
-    fadt.sci_int = u16::try_from(layout::SCI_IRQ).expect("a legacy interrupt").into();
-    fadt.pm1a_evt_blk = u32::from(layout::PM1A_EVT).into();
+    fadt.sci_int = u16::try_from(pm::SCI).expect("a legacy interrupt").into();
+    fadt.pm1a_evt_blk = u32::from(io_port(pm::EVENTS_PORT)).into();
     fadt.pm1_evt_len = 4;
-    fadt.x_pm1a_evt_blk = io(layout::PM1A_EVT, 32);
-    fadt.pm1a_cnt_blk = u32::from(layout::PM1A_CNT).into();
+    fadt.x_pm1a_evt_blk = io(pm::EVENTS_PORT, 32);
+    fadt.pm1a_cnt_blk = u32::from(io_port(pm::CONTROL_PORT)).into();
     fadt.pm1_cnt_len = 2;
-    fadt.x_pm1a_cnt_blk = io(layout::PM1A_CNT, 16);
+    fadt.x_pm1a_cnt_blk = io(pm::CONTROL_PORT, 16);
     // Deeper sleep states than C1 are not there (5.2.9, P_LVL2_LAT and P_LVL3_LAT).
     fadt.p_lvl2_lat = 101.into();
     fadt.p_lvl3_lat = 1001.into();
     fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA).into();
-    fadt.reset_reg = GAS::new(
-        AddressSpace::SystemIo,
-        8,
-        0,
-        AccessSize::ByteAccess,
-        u64::from(layout::RESET_PORT),
-    );
-    fadt.reset_value = RESET;
+    fadt.century = rtc::CENTURY;
+    fadt.reset_reg = GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, reset::PORT);
+    fadt.reset_value = reset::SYSTEM_RESET | reset::RESET_CPU;
     fadt.finalize()
 }
 
@@ -160,7 +155,7 @@ fn madt(cpus: u8) -> Sdt {
     ioapic.extend([0; 4]);
     madt.append_slice(&ioapic);
     // The timer comes in at pin 2 (5.2.12.5), ACPI's own interrupt is level-triggered.
-    for (irq, gsi, flags) in [(0, 2, BUS_DEFAULT), (9, layout::SCI_IRQ, ACTIVE_HIGH_LEVEL)] {
+    for (irq, gsi, flags) in [(0, 2, BUS_DEFAULT), (9, pm::SCI, ACTIVE_HIGH_LEVEL)] {
         let mut source = vec![2, 10, 0, irq];
         source.extend(gsi.to_le_bytes());
         source.extend(flags.to_le_bytes());

@@ -47,23 +47,6 @@ pub(crate) const IDENTITY_MAP: u64 = 0xfffb_c000;
 /// Three pages for the task state segment that some Intel processors need.
 pub(crate) const TSS: usize = 0xfffb_d000;
 
-/// The real-time clock: index and data.
-pub(crate) const RTC_PORT: u16 = 0x70;
-/// COM1.
-pub(crate) const COM1_PORT: u16 = 0x3f8;
-/// COM1's interrupt.
-pub(crate) const COM1_IRQ: u32 = 4;
-/// The real-time clock's interrupt.
-pub(crate) const RTC_IRQ: u32 = 8;
-/// ACPI's interrupt, level-triggered.
-pub(crate) const SCI_IRQ: u32 = 9;
-/// ACPI fixed hardware: PM1a event block, 4 bytes.
-pub(crate) const PM1A_EVT: u16 = 0x600;
-/// ACPI fixed hardware: PM1a control block, 2 bytes.
-pub(crate) const PM1A_CNT: u16 = 0x604;
-/// The reset control register.
-pub(crate) const RESET_PORT: u16 = 0xcf9;
-
 /// The ranges of guest RAM, `(start, bytes)`, for `size` bytes of it.
 ///
 /// What does not fit below the hole continues at 4 GiB.
