@@ -25,7 +25,7 @@ pub struct Artefacts {
 }
 
 impl Artefacts {
-    /// Installs, fetches and builds what is missing.
+    /// Installs, fetches and builds what is missing; `UVMM`, if it is set, stands for another build.
     ///
     /// # Errors
     /// If something cannot be had; the error says what and why.
@@ -35,7 +35,7 @@ impl Artefacts {
         let [kernel, other_kernel] = kernel::all()?;
         let guest_initrd = initramfs::guest(&kernel)?;
         let host_initrd = initramfs::host(&kernel)?;
-        let uvmm = build_uvmm()?;
+        let uvmm = env::var_os("UVMM").map_or_else(build_uvmm, |given| Ok(given.into()))?;
         Ok(Self { uvmm, kernel, other_kernel, guest_initrd, host_initrd })
     }
 

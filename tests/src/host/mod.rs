@@ -24,7 +24,7 @@ pub(crate) use self::frame::Bytes;
 use self::frame::{Frame, Start};
 use self::kept::Kept;
 use crate::artefacts::Artefacts;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, writing};
 use crate::{cache, program};
 
 /// A running lab host. It ends when this is dropped.
@@ -75,7 +75,9 @@ impl Lab {
         };
         let mut booting = Booting::new(&machine, || machine.resume(&kept.state))?;
         let mut stream = booting.connection()?;
-        let agent = env::current_exe().context(|| "cannot tell where this program is".into())?;
+        // A copy, because cargo may replace this program while it runs.
+        let agent = scratch.path().join("lab");
+        fs::copy("/proc/self/exe", &agent).context(|| writing(&agent))?;
         let since_1970 =
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let modules = artefacts.kernel.root.join("lib/modules");
