@@ -21,6 +21,8 @@ for port in /sys/class/virtio-ports/*; do
     grep -q '^uvmm.lab$' "$port/name" && exec 3<>"/dev/${port##*/}"
 done
 [ -c /dev/kvm ] || fail 'it has no /dev/kvm'
+# Guest RAM that is shared memory may have huge pages, as private memory has by default.
+echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled
 
 # From here on no driver takes a function unasked: the virtual functions are for VFIO.
 echo 0 > /sys/bus/pci/drivers_autoprobe

@@ -18,6 +18,7 @@ pub(super) fn examine() -> Vec<Check> {
         memfd(),
         huge_pages(HugePages::Size2M),
         huge_pages(HugePages::Size1G),
+        transparent_huge_pages(),
         locked_memory(),
         vfio(),
         iommu(),
@@ -49,6 +50,24 @@ fn huge_pages(size: HugePages) -> Check {
         }
         Some(free) => Check::ok(what, format!("{free} free")),
         None => Check::not_ok(what, Verdict::Missing, "unknown to this kernel", "not needed"),
+    }
+}
+
+/// Whether guest RAM, which is shared memory, gets huge pages without a reservation.
+fn transparent_huge_pages() -> Check {
+    let setting = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let all = fs::read_to_string(setting).unwrap_or_default();
+    let chosen = all.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map(|(is, _)| is);
+    match chosen {
+        Some(chosen @ ("advise" | "always" | "within_size" | "force")) => {
+            Check::ok("transparent huge pages", chosen)
+        }
+        _ => Check::not_ok(
+            "transparent huge pages",
+            Verdict::Limited,
+            chosen.unwrap_or("unknown to this kernel"),
+            format!("for guests that boot faster, echo advise > {setting}"),
+        ),
     }
 }
 

@@ -82,8 +82,8 @@ fn whole_machine() -> Result<(), String> {
 fn guest_checks() -> Vec<Check> {
     match run_guest() {
         Ok(Seen { speed, dirty_log }) => {
-            let millions = speed / 1_000_000;
-            let found = format!("{millions} million instructions/s");
+            let (millions, tenths) = (speed / 1_000_000, speed / 100_000 % 10);
+            let found = format!("{millions}.{tenths} million instructions/s");
             let speed = if speed > INTERPRETED_MAX {
                 Check::ok("guest code", format!("{found}: hardware"))
             } else {
