@@ -164,6 +164,8 @@ fn a_socket_serves_one_client_after_the_other() {
     let mut third = UnixStream::connect(&path).unwrap();
     line.settle();
     assert_eq!(read(&mut third), "between");
+    third.write_all(b"put").unwrap();
+    line.until(|guest| guest.received == b"input");
     line.output.write_all(b"now").unwrap();
     assert_eq!(read(&mut third), "now");
 }

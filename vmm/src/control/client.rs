@@ -169,7 +169,17 @@ impl Client {
         request: &Request,
         mut heard: impl FnMut(Option<Progress>) -> bool,
     ) -> Result<R, ClientError> {
-        self.send(request).map_err(|e| self.broken(e))?;
+        if let Err(error) = self.send(request) {
+            // A VM that hung up before it read everything may have said why.
+            return Err(
+                match self.line().ok().flatten().map(|line| serde_json::from_slice(&line)) {
+                    Some(Ok(Reply::<Progress, ()>::Error(why))) => {
+                        ClientError::Refused { name: self.name, why }
+                    }
+                    _ => self.broken(error),
+                },
+            );
+        }
         loop {
             let progress = match self.line()? {
                 None => None,

@@ -209,6 +209,11 @@ fn when_all_places_are_busy_a_client_is_told() {
     }
     let busy = connect(&dir).ask::<Info>(&Request::Info {}).unwrap_err();
     assert!(busy.to_string().contains("busy"), "{busy}");
+    // Even when it is told before it could ask.
+    let late = connect(&dir);
+    thread::sleep(Duration::from_millis(50));
+    let busy = late.ask::<Info>(&Request::Info {}).unwrap_err();
+    assert!(busy.to_string().contains("busy"), "{busy}");
 }
 
 #[test]
