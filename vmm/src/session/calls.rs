@@ -135,7 +135,7 @@ impl Session {
     fn resolve(&mut self, decision: Option<Decision>, reply: Replier) -> Next {
         let Tenant::Undecided { what, since, .. } = &self.tenant else {
             let none = "there is nothing to resolve: no migration is undecided";
-            reply.finish::<()>(Err(none.to_owned()));
+            reply.finish(if decision.is_none() { Ok(()) } else { Err(none.to_owned()) });
             return Next::Stay;
         };
         match decision {
