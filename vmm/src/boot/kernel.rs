@@ -23,6 +23,9 @@ const OLDEST_PROTOCOL: u16 = 0x20c;
 /// An ELF kernel finds its initrd anywhere below this, as an old bzImage does.
 const INITRD_LIMIT: u64 = 0x8000_0000;
 
+/// Lets a kernel be seen on the console; the tiny guest passes over it.
+const DEFAULT_CMDLINE: &str = "console=ttyS0";
+
 /// Where and how a loaded kernel is entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Entry {
@@ -118,7 +121,7 @@ impl Error {
 ///
 /// `rsdp` is the address of the ACPI tables' root, already in `ram`.
 pub(crate) fn load(ram: &Ram, boot: &Boot, rsdp: u64) -> Result<Entry, Error> {
-    let cmdline = boot.cmdline.clone().unwrap_or_default().into_bytes();
+    let cmdline = boot.cmdline.as_deref().unwrap_or(DEFAULT_CMDLINE).to_owned().into_bytes();
     if cmdline.len() >= layout::CMDLINE_SIZE {
         return Err(Error::Cmdline(cmdline.len()));
     }

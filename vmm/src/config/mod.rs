@@ -162,16 +162,9 @@ impl RunConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         self.machine.check()?;
         self.machine.check_host(self.hugepages)?;
-        let Boot { kernel, initrd, cmdline } = &self.boot;
-        let given = [
-            ("--kernel", kernel.is_some()),
-            ("--initrd", initrd.is_some()),
-            ("--cmdline", cmdline.is_some()),
-        ];
-        for (what, given) in given {
-            if given && kernel.is_none() {
-                return Err(ConfigError::NeedsKernel(what));
-            }
+        let Boot { kernel, initrd, .. } = &self.boot;
+        if initrd.is_some() && kernel.is_none() {
+            return Err(ConfigError::NeedsKernel("--initrd"));
         }
         Ok(())
     }
