@@ -1,9 +1,62 @@
 //! The migration engine of uvmm: pages, phases and the wire.
+//!
+//! It moves a running guest from one process to another so that the guest never runs twice and is
+//! never lost to a fault. It knows nothing of KVM, PCI or devices: a machine that wants to leave
+//! is a [`guest::Departing`], one that builds machines for others a [`guest::Host`]. Two functions
+//! do the work, and each reads from top to bottom: [`send`] and [`receive`].
+//!
+//! ```text
+//!        source                                             destination
+//!
+//!   connect   HELLO ──────────────────────────────────────►
+//!                   ◄────────────────────────────────────── HELLO           which version
+//!     agree   OFFER ──────────────────────────────────────► build the machine, open devices
+//!                   ◄───────────────────────── ACCEPTED(token)  or  MISMATCHED(everything)
+//!             (a dry run ends here)                         (waits for another connection)
+//!   precopy   dirty logs start, plan: Precopy
+//!             all memory ─────────────────────────────────► into memory
+//!             ROUND END ──────────────────────────────────►
+//!                   ◄────────────────────────────────────── ROUND TAKEN
+//!             what was dirty ─────────────────────────────► again and again, until little is left
+//!   quiesce   plan: Quiesce               ┐
+//!             collect, the last memory ───┼───────────────►
+//!             STATE ──────────────────────┼───────────────► count, check, load
+//!             nothing dirty since         │
+//!             END(totals) ────────────────┼───────────────►
+//!                   ◄─────────────────────┼──────────────── READY(token)    from here: answering
+//!    commit   written down: asked         │ downtime
+//!             COMMIT(token) ──────────────┼───────────────► written down: running; run
+//!                   ◄─────────────────────┴──────────────── RUNNING(token)
+//!             written down: given
+//!             DONE(token) ────────────────────────────────► answering ends
+//! ```
+//!
+//! Before COMMIT may have left, whatever fails at either side undoes the plan, and the guest runs
+//! on at the source. Afterwards only the destination knows: if RUNNING does not come, the source
+//! connects again.
+//!
+//! ```text
+//!       ask   HELLO, QUERY(token) ────────────────────────► ready? written down: dead
+//!                   ◄──────────────────── ANSWER(running | refused | unknown)
+//! ```
+//!
+//! *Running* ends the migration, *refused* gives the guest back to the source: a destination that
+//! is asked before it got COMMIT binds itself never to run. If nobody answers in time the
+//! migration ends as [`Error::Undecided`], the guest stopped. The decision is two small machines
+//! without any I/O, in [`handover`], which a test explores completely.
+//!
+//! Either side may end it with GAVE UP and a reason. Every wait is bounded by [`patience`]. What a
+//! peer sends is not trusted: lengths are checked before they are believed, addresses before they
+//! are used, texts before they are printed.
+//!
+//! What is on the wire: [`wire`]. How state becomes bytes: [`state`]. Which pages to send:
+//! [`ram`]. What two machines must have in common: [`compat`]. Who does what when, and how it is
+//! taken back: [`plan`]. When to stop copying: [`policy`].
 #![forbid(unsafe_code)]
 
 mod answering;
 pub mod compat;
-pub mod destination;
+mod destination;
 mod error;
 pub mod guest;
 pub mod handover;
@@ -14,7 +67,7 @@ pub mod progress;
 pub mod ram;
 pub mod record;
 pub mod report;
-pub mod source;
+mod source;
 pub mod state;
 #[cfg(test)]
 mod trial;

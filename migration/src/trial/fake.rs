@@ -65,6 +65,8 @@ pub(super) enum Fault {
     None,
     /// A device refuses to stop.
     StuckDevice,
+    /// A relay writes memory after the vCPUs stopped, as it should.
+    Relay,
     /// A device writes memory while it saves its state.
     LateWriter,
     /// The destination refuses the state.
@@ -162,6 +164,18 @@ impl Step for Stuck {
     }
 }
 
+struct FlushRelay(Ram);
+
+impl Step for FlushRelay {
+    fn name(&self) -> String {
+        "flush the relay".into()
+    }
+    fn enter(&mut self) -> Result<(), StepFailure> {
+        Ok(self.0.write_slice(b"relayed", GuestAddress(HIGH))?)
+    }
+    fn undo(&mut self) {}
+}
+
 pub(super) struct FakeGuest {
     pub(super) ram: Ram,
     vcpu: Vcpu,
@@ -187,6 +201,9 @@ impl FakeGuest {
         plan.at(Phase::Quiesce, Priority::VCPUS, stop);
         if fault == Fault::StuckDevice {
             plan.at(Phase::Quiesce, Priority::ASSIGNED, Stuck);
+        }
+        if fault == Fault::Relay {
+            plan.at(Phase::Quiesce, Priority::RELAYS, FlushRelay(ram.clone()));
         }
         world.here.store(true, Ordering::SeqCst);
         Self { ram, vcpu, dirty, plan, fault }

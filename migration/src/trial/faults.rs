@@ -16,9 +16,14 @@ use crate::report::Status;
 use crate::source::Options;
 
 fn moved(first: Limits, later: Option<Limits>, options: &Options) -> Tried {
+    moved_to(Fault::None, first, later, options)
+}
+
+/// Tries to move a guest to a host at which `fault` happens.
+fn moved_to(fault: Fault, first: Limits, later: Option<Limits>, options: &Options) -> Tried {
     let world = Arc::<World>::default();
     let guest = FakeGuest::new(&world, Fault::None);
-    let host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES };
+    let host = FakeHost { world: world.clone(), fault, low_pages: LOW_PAGES };
     try_moving(world, guest, host, Network::new(first, later), options)
 }
 
@@ -112,6 +117,15 @@ fn a_ready_destination_that_was_asked_never_runs() {
     let tried = moved(commit_lost, Some(Limits::NONE), &options());
     assert!(matches!(tried.sent.err().unwrap().error, Error::GivenBack));
     assert!(matches!(tried.arrived.err().unwrap().error, Error::TakenBack));
+}
+
+#[test]
+fn a_guest_that_could_not_start_comes_back_to_whoever_asks() {
+    let (_, back) = moved(Limits::NONE, None, &options()).passed;
+    let answer_lost = Limits { back: back - 33, ..Limits::NONE };
+    let tried = moved_to(Fault::NoStart, answer_lost, Some(Limits::NONE), &options());
+    assert_eq!(tried.world.runners(), (true, false), "{}", tried.error());
+    assert!(matches!(tried.sent.err().unwrap().error, Error::GivenBack));
 }
 
 #[test]

@@ -193,6 +193,13 @@ fn a_device_that_does_not_stop_leaves_the_guest_running() {
 }
 
 #[test]
+fn what_is_written_while_the_guest_comes_to_a_stop_is_sent() {
+    let tried = moved(Fault::Relay, &options());
+    tried.assert_there();
+    assert!(content(&tried.guest.ram).windows(7).any(|bytes| bytes == b"relayed"));
+}
+
+#[test]
 fn a_device_that_writes_memory_too_late_is_caught() {
     let tried = moved(Fault::LateWriter, &options());
     assert_eq!(tried.world.runners(), (true, false));

@@ -77,8 +77,11 @@ impl<S: Stream> Channel<S> {
     /// Greets first, and checks the answer.
     pub fn greet(&mut self, limit: Duration) -> Result<(), PeerError> {
         self.link.gather(&Hello::OURS.encode());
-        self.link.flush()?;
-        self.greeted(limit)
+        match self.link.flush() {
+            // Whoever hung up may have said who it is.
+            Ok(()) | Err(PeerError::Closed { .. }) => self.greeted(limit),
+            Err(error) => Err(error),
+        }
     }
 
     /// Waits for a greeting and answers it.

@@ -129,3 +129,35 @@ fn arrived<T>(accepted: io::Result<T>) -> io::Result<Option<T>> {
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::patience::Cancel;
+    use crate::wire::Channel;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn two_sides_greet_each_other_over_tcp() {
+        let listener = listen_tcp("127.0.0.1:0").unwrap();
+        assert!(Listener::accept(&listener, Duration::from_millis(1)).unwrap().is_none());
+        let stream = connect_tcp(listener.local_addr().unwrap(), SECOND).unwrap();
+        assert!(stream.nodelay().unwrap());
+        let arrived = Listener::accept(&listener, SECOND).unwrap().unwrap();
+        let there = std::thread::Builder::new()
+            .spawn(move || Channel::new(arrived, SECOND, Cancel::new())?.answer_greeting(SECOND));
+        Channel::new(stream, SECOND, Cancel::new()).unwrap().greet(SECOND).unwrap();
+        there.unwrap().join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn connecting_to_nobody_is_an_error_in_time() {
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let start = Instant::now();
+        connect_tcp(address, SECOND).unwrap_err();
+        assert!(start.elapsed() < 2 * SECOND);
+    }
+}
