@@ -132,7 +132,7 @@ fn the_serial_line_can_go_to_a_file() {
         if text.contains("uvmm-guest: ready") {
             break true;
         }
-        if std::time::Instant::now() > deadline {
+        if std::time::Instant::now() > deadline || child.try_wait().unwrap().is_some() {
             break false;
         }
         std::thread::sleep(std::time::Duration::from_millis(100));

@@ -15,7 +15,10 @@ fn refused(uvmm: &Uvmm, arguments: &[&str], word: &str) {
     assert!(status.code().is_some_and(|code| code != 0), "{arguments:?} ended with {status}");
     assert_eq!(output, "", "{arguments:?}");
     assert_eq!(errors.lines().count(), 1, "{arguments:?} said {errors:?}");
-    assert!(errors.contains(word), "{arguments:?} said {errors:?}, nothing about {word:?}");
+    assert!(
+        errors.to_lowercase().contains(word),
+        "{arguments:?} said {errors:?}, nothing about {word:?}"
+    );
     assert!(!errors.contains("panicked"), "{errors}");
 }
 
@@ -47,16 +50,16 @@ fn an_initrd_that_is_none_or_too_large_is_named() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let kernel = variable("GUEST_KERNEL").unwrap();
-    let run = |initrd: &str| {
+    let run = |initrd: &str, word: &str| {
         let arguments =
             ["run", "--serial", "null", "--memory", "64M", "--kernel", kernel.to_str().unwrap()];
-        refused(&uvmm, &[&arguments[..], &["--initrd", initrd]].concat(), initrd);
+        refused(&uvmm, &[&arguments[..], &["--initrd", initrd]].concat(), word);
     };
-    run("/no/such/initrd");
-    run("/proc");
+    run("/no/such/initrd", "/no/such/initrd");
+    run("/proc", "/proc");
     let large = uvmm.dir().join("large");
     fs::File::create(&large).unwrap().set_len(1 << 30).unwrap();
-    run(large.to_str().unwrap());
+    run(large.to_str().unwrap(), "the initrd need");
 }
 
 #[test]
@@ -148,7 +151,7 @@ fn a_machine_without_kvm_is_told_what_to_do() {
     let output = std::process::Command::new("unshare")
         .args(["-m", "sh", "-c", script])
         .arg(&binary)
-        .env("UVMM_RUNTIME_DIR", uvmm.dir())
+        .env("UVMM_RUNTIME_DIR", uvmm.runtime_dir())
         .output()
         .unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);

@@ -11,7 +11,7 @@ export PATH=/bin HOME=/ TERM=vt100
 hostname uvmm-guest
 
 # The power button: the kernel tells programs, and one must answer.
-mkdir -p /etc/acpi/PWRF
+mkdir -p /etc/acpi/PWRF /var/log /var/run
 printf '#!/bin/sh\npoweroff -f\n' > /etc/acpi/PWRF/00000080
 chmod +x /etc/acpi/PWRF/00000080
 (insmod /modules/evdev.ko && insmod /modules/button.ko && acpid) > /dev/null 2>&1 &

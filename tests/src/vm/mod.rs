@@ -51,7 +51,6 @@ impl Uvmm {
     pub fn new() -> Result<Self> {
         let binary = variable("UVMM")?.into();
         let dir = tempfile::tempdir().context(|| "cannot create a temporary directory".into())?;
-        fs::create_dir(dir.path().join("run")).context(|| writing(dir.path()))?;
         Ok(Self { binary, dir })
     }
 
@@ -61,11 +60,17 @@ impl Uvmm {
         self.dir.path()
     }
 
+    /// Where its VMs are known by name; uvmm makes it.
+    #[must_use]
+    pub fn runtime_dir(&self) -> PathBuf {
+        self.dir.path().join("run")
+    }
+
     /// `uvmm` with `arguments`, ready to be started.
     pub fn command(&self, arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Command {
         let mut command = Command::new(&self.binary);
         command.args(arguments.into_iter().map(Into::into)).stdin(Stdio::null());
-        command.env("UVMM_RUNTIME_DIR", self.dir.path().join("run"));
+        command.env("UVMM_RUNTIME_DIR", self.runtime_dir());
         command
     }
 
