@@ -18,9 +18,16 @@ const SVM: u32 = 1 << 2;
 /// Leaf 0x8000_0001, ECX: EBX and ECX of leaf 0x8000_001e describe the topology.
 const TOPOEXT: u32 = 1 << 22;
 
+/// KVM's own leaf, and in its EAX: page faults that the host completes later
+/// (`KVM_FEATURE_ASYNC_PF`, `_ASYNC_PF_VMEXIT` and `_ASYNC_PF_INT`).
+const KVM_FEATURES: u32 = 0x4000_0001;
+const ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+
 /// What this host's KVM can show any guest of ours, the same for all its vCPUs.
 ///
-/// Nested virtualisation is hidden: a guest that runs guests has state that is not saved.
+/// Nested virtualisation is hidden: a guest that runs guests has state that is not saved. So are
+/// asynchronous page faults: which of them are under way only KVM knows, and a guest that moved
+/// meanwhile was seen to die of it.
 pub(crate) fn host(kvm: &Kvm) -> Result<CpuId, Error> {
     let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -32,6 +39,7 @@ pub(crate) fn host(kvm: &Kvm) -> Result<CpuId, Error> {
                 entry.ecx &= !VMX;
                 entry.ecx |= HYPERVISOR | if deadline { TSC_DEADLINE } else { 0 };
             }
+            KVM_FEATURES => entry.eax &= !ASYNC_PF,
             0x8000_0001 => entry.ecx &= !SVM,
             // SVM's own leaf.
             0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),

@@ -76,6 +76,8 @@ pub(crate) fn xsave_bytes(kvm: &Kvm) -> usize {
 pub(crate) fn save(kvm: &Kvm, fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuV1, Error> {
     // First, as it can take in a pending INIT and so change what is read after it.
     let mp_state = fd.get_mp_state().map_err(Error::ioctl("KVM_GET_MP_STATE"))?;
+    // Before CR2 and DR6 are read: KVM delivers the payload of a pending exception to them here.
+    let events = fd.get_vcpu_events().map_err(Error::ioctl("KVM_GET_VCPU_EVENTS"))?;
     let regs = fd.get_regs().map_err(Error::ioctl("KVM_GET_REGS"))?;
     let sregs = fd.get_sregs().map_err(Error::ioctl("KVM_GET_SREGS"))?;
     let xsave = save_xsave(kvm, fd)?;
@@ -86,7 +88,6 @@ pub(crate) fn save(kvm: &Kvm, fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuV1, Error
     let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(Error::ioctl("KVM_GET_CPUID2"))?;
     let mut msrs = msr::read(fd, msrs)?;
     keep_expired_deadline(&lapic, &mut msrs);
-    let events = fd.get_vcpu_events().map_err(Error::ioctl("KVM_GET_VCPU_EVENTS"))?;
     let cpuid = cpuid.as_slice().iter().map(|&leaf| Leaf(leaf)).collect();
     Ok(VcpuV1 {
         mp_state,
