@@ -16,9 +16,7 @@ pub fn run() -> Result<()> {
     let uvmm = Uvmm::new()?;
     let kernel = variable("GUEST_KERNEL")?;
     say("One uvmm boots a stock Debian kernel, with 256 MiB:");
-    command(
-        "uvmm run --name here --kernel $GUEST_KERNEL --initrd $GUEST_INITRD --memory 256M",
-    );
+    command("uvmm run --name here --kernel $GUEST_KERNEL --initrd $GUEST_INITRD --memory 256M");
     let since = Instant::now();
     let mut here = uvmm.linux("here", Path::new(&kernel), &["--memory", "256M"])?;
     here.booted()?;

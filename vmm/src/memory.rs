@@ -69,8 +69,11 @@ pub(crate) fn allocate(bytes: u64, hugepages: Option<HugePages>) -> Result<Ram, 
         ranges.push((GuestAddress(start), len_here, Some(FileOffset::new(part, offset))));
         offset += len;
     }
-    let ram = Ram::from_ranges_with_files(ranges)
-        .map_err(|source| Error::Map { bytes, hugepages, source })?;
+    let ram = Ram::from_ranges_with_files(ranges).map_err(|source| Error::Map {
+        bytes,
+        hugepages,
+        source,
+    })?;
     prefer_huge_pages(&ram);
     Ok(ram)
 }
