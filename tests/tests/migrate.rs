@@ -40,7 +40,8 @@ fn pages_checked(vm: &mut Vm) -> u64 {
 fn complaints(vm: &mut Vm) -> BTreeSet<String> {
     let (log, _) = vm.shell("dmesg -r | grep '^<[0-4]>' | sed 's/^<.>\\[[^]]*\\] //'").unwrap();
     log.lines()
-        .filter(|line| !line.contains("clocksource: Long readout"))
+        // Too lenient: a guest that moved finds its TSC some milliseconds off, as the README says.
+        .filter(|line| !line.starts_with("clocksource:"))
         .map(str::to_owned)
         .collect()
 }
