@@ -26,8 +26,7 @@ const ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 /// What this host's KVM can show any guest of ours, the same for all its vCPUs.
 ///
 /// Nested virtualisation is hidden: a guest that runs guests has state that is not saved. So are
-/// asynchronous page faults: which of them are under way only KVM knows, and a guest that moved
-/// meanwhile was seen to die of it.
+/// asynchronous page faults: which of them are under way only KVM knows, and it does not tell.
 pub(crate) fn host(kvm: &Kvm) -> Result<CpuId, Error> {
     let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
