@@ -1,5 +1,9 @@
 //! Interrupts as a device sees them.
 
+use std::io;
+
+use vmm_sys_util::eventfd::EventFd;
+
 /// One interrupt input of the machine, as its device sees it.
 pub trait Line: Send + Sync {
     /// Drives the line: `true` asserts it, until `false`.
@@ -13,4 +17,36 @@ pub trait Line: Send + Sync {
         self.set(true);
         self.set(false);
     }
+}
+
+/// A message-signalled interrupt: a write of `data` to `address` (PCI 3.0, 6.8).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Message {
+    /// Where it is written, which says who is interrupted.
+    pub address: u64,
+    /// What is written, which says with what vector.
+    pub data: u32,
+}
+
+/// Where message-signalled interrupts go.
+pub trait Messages: Send + Sync {
+    /// Sends one now. May be called with registers locked, as [`Line::set`].
+    fn send(&self, message: Message);
+
+    /// Opens a way by which an eventfd becomes a message without anybody's help.
+    ///
+    /// # Errors
+    /// When the machine has no more of them, or the host refuses.
+    fn vector(&self) -> io::Result<Box<dyn Vector>>;
+}
+
+/// An eventfd that becomes a message. It is closed when it is dropped.
+pub trait Vector: Send + Sync {
+    /// What to signal.
+    fn eventfd(&self) -> &EventFd;
+    /// What a signal becomes from now on; `None` holds it back.
+    ///
+    /// # Errors
+    /// When the host refuses the route.
+    fn route(&self, message: Option<Message>) -> io::Result<()>;
 }

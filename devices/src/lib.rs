@@ -10,3 +10,4 @@
 pub mod bus;
 pub mod irq;
 pub mod legacy;
+pub mod pci;
