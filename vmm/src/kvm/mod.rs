@@ -2,6 +2,7 @@
 
 pub(crate) mod exact;
 mod irq;
+pub(crate) mod tsc;
 mod vm;
 
 pub(crate) use irq::IrqLine;
@@ -64,6 +65,11 @@ impl Error {
     /// The error of the ioctl `name`, for `map_err`.
     pub(crate) fn ioctl(name: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
         move |source| Self::Ioctl { name, source }
+    }
+
+    /// The error of the ioctl `name`, which has just failed.
+    pub(crate) fn last(name: &'static str) -> Self {
+        Self::Ioctl { name, source: kvm_ioctls::Error::last() }
     }
 }
 

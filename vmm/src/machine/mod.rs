@@ -18,8 +18,9 @@ pub(crate) use alarm::Alarm;
 pub(crate) use assemble::Error;
 pub(crate) use assemble::HostSide;
 
+use crate::arch::clock::{self, ClockV1};
 use crate::arch::irqchip::{self, IrqchipV1};
-use crate::arch::vcpu::{ClockV1, VcpuV1, load_clock, save_clock};
+use crate::arch::vcpu::VcpuV1;
 use crate::config::MachineConfig;
 use crate::kvm::Vm;
 use crate::power::PowerSwitch;
@@ -124,14 +125,16 @@ impl Machine {
         for (address, device) in &self.devices {
             device.save(out.at(address.clone()))?;
         }
-        let clock = save_clock(self.vm.fd()).map_err(owner("save the clock"))?;
+        let clock = clock::read(self.vm.fd(), self.tsc_khz).map_err(owner("save the clock"))?;
         out.at("clock").put(&clock)
     }
 
     /// Becomes what was saved. No vCPU has run yet.
     pub(crate) fn load(&self, from: &mut StateReader<'_>) -> Result<(), StateError> {
+        let mut tsc_offsets = Vec::new();
         for (index, vcpu) in self.vcpus.iter().enumerate() {
             let state: VcpuV1 = from.at(format!("vcpu/{index}")).take()?;
+            tsc_offsets.push(state.unscaled_tsc_offset(self.tsc_khz));
             vcpu.load(state).map_err(owner("load the vCPU"))?;
         }
         let irqchip: IrqchipV1 = from.at("irqchip").take()?;
@@ -140,7 +143,20 @@ impl Machine {
             device.load(from.at(address.clone()))?;
         }
         let clock: ClockV1 = from.at("clock").take()?;
-        load_clock(self.vm.fd(), &clock).map_err(owner("load the clock"))
+        self.load_clocks(&clock, &tsc_offsets).map_err(owner("load the clocks"))
+    }
+
+    /// Sets KVM's clock, and then the time-stamp counters to where they were beside it.
+    fn load_clocks(&self, clock: &ClockV1, tsc_offsets: &[Option<u64>]) -> Result<(), vcpu::Error> {
+        let here = clock::set(self.vm.fd(), clock, self.tsc_khz).map_err(vcpu::Error::Clock)?;
+        let Some(shift) = clock.shift(&here) else { return Ok(()) };
+        for (vcpu, offset) in self.vcpus.iter().zip(tsc_offsets) {
+            // Where one side cannot tell, the counters stay as they were loaded with the vCPU.
+            if let Some(offset) = offset {
+                vcpu.set_tsc_offset(offset.wrapping_add(shift))?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -58,6 +58,7 @@ enum Command {
     Pause(Sender<()>),
     Save(Sender<Result<VcpuV1, kvm::Error>>),
     Load(Box<VcpuV1>, Sender<Result<(), kvm::Error>>),
+    SetTscOffset(u64, Sender<Result<(), kvm::Error>>),
     Exit,
 }
 
@@ -70,6 +71,9 @@ pub(crate) enum Error {
     /// KVM refused.
     #[error("vCPU {0}")]
     Kvm(u8, #[source] kvm::Error),
+    /// KVM refused the clock that all of them share.
+    #[error(transparent)]
+    Clock(kvm::Error),
     /// Its thread is gone, which it never is but after a bug.
     #[error("the thread of vCPU {0} is gone")]
     Gone(u8),
@@ -114,6 +118,12 @@ impl Vcpu {
     /// Replaces its state. It must never have run.
     pub(crate) fn load(&self, state: VcpuV1) -> Result<(), Error> {
         let reply = self.ask(|reply| Command::Load(Box::new(state), reply))?;
+        self.answer(&reply)?.map_err(|source| Error::Kvm(self.index, source))
+    }
+
+    /// Moves its time-stamp counter to `offset` ahead of the host's. It must be paused.
+    pub(crate) fn set_tsc_offset(&self, offset: u64) -> Result<(), Error> {
+        let reply = self.ask(|reply| Command::SetTscOffset(offset, reply))?;
         self.answer(&reply)?.map_err(|source| Error::Kvm(self.index, source))
     }
 

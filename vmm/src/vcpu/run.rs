@@ -14,7 +14,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use super::{Command, signal};
 use crate::arch::{msr, vcpu};
 use crate::event::{Event, Events};
-use crate::kvm::Vm;
+use crate::kvm::{Vm, tsc};
 
 /// What a vCPU's exits go to.
 #[derive(Clone)]
@@ -40,6 +40,16 @@ pub(super) struct Runner {
     running: bool,
 }
 
+/// Why a vCPU is out of the guest.
+enum Left {
+    /// For an access, which was served.
+    Exit,
+    /// Because somebody asked.
+    Interrupted,
+    /// For good.
+    Dead,
+}
+
 impl Runner {
     pub(super) fn new(index: u8, fd: VcpuFd, vm: Arc<Vm>, wiring: Wiring) -> Self {
         Self { index, fd, vm, wiring, running: false }
@@ -49,7 +59,7 @@ impl Runner {
     pub(super) fn serve(mut self, commands: &Receiver<Command>) {
         loop {
             let command = if self.running {
-                self.enter();
+                let _why = self.enter();
                 match commands.try_recv() {
                     Ok(command) => Some(command),
                     Err(TryRecvError::Empty) => continue,
@@ -64,6 +74,9 @@ impl Runner {
                 Some(Command::Save(reply)) => drop(reply.send(self.save())),
                 Some(Command::Load(state, reply)) => {
                     drop(reply.send(vcpu::load(self.vm.kvm(), &self.fd, *state)));
+                }
+                Some(Command::SetTscOffset(offset, reply)) => {
+                    drop(reply.send(tsc::set_offset(&self.fd, offset)));
                 }
                 Some(Command::Exit) | None => return,
             }
@@ -90,16 +103,17 @@ impl Runner {
 
     /// Finishes an instruction that waits for the result of its exit: KVM does so at the next
     /// KVM_RUN, and no ioctl tells of it before.
+    ///
+    /// A string instruction, or an access that crosses a page, goes on to exits of its own; KVM
+    /// lets go of it after 1024 repetitions at the latest.
     fn complete_exit(&mut self) {
         self.fd.set_kvm_immediate_exit(1);
-        if let Ok(exit) = self.fd.run() {
-            tracing::error!(index = self.index, ?exit, "an exit while one was completed");
-        }
+        while matches!(self.enter(), Left::Exit) {}
         self.fd.set_kvm_immediate_exit(0);
     }
 
     /// Enters the guest until it leaves for any reason, and serves that.
-    fn enter(&mut self) {
+    fn enter(&mut self) -> Left {
         let run = std::ptr::from_ref(self.fd.get_kvm_run());
         let Wiring { pio, mmio, exits, .. } = &self.wiring;
         let died = match self.fd.run() {
@@ -108,26 +122,26 @@ impl Runner {
                 for access in data.chunks_mut(port_width(run)) {
                     pio.read(u64::from(port), access);
                 }
-                return;
+                return Left::Exit;
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 exits.pio.fetch_add(1, Ordering::Relaxed);
                 for access in data.chunks(port_width(run)) {
                     pio.write(u64::from(port), access);
                 }
-                return;
+                return Left::Exit;
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
                 exits.mmio.fetch_add(1, Ordering::Relaxed);
                 mmio.read(address, data);
-                return;
+                return Left::Exit;
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 exits.mmio.fetch_add(1, Ordering::Relaxed);
                 mmio.write(address, data);
-                return;
+                return Left::Exit;
             }
-            Ok(VcpuExit::Intr) => return,
+            Ok(VcpuExit::Intr) => return Left::Interrupted,
             Ok(VcpuExit::Shutdown) => "triple fault".to_owned(),
             Ok(VcpuExit::InternalError) => {
                 "KVM gave up on an instruction (KVM_EXIT_INTERNAL_ERROR)".to_owned()
@@ -137,12 +151,14 @@ impl Runner {
             }
             Ok(exit) => format!("KVM left the guest for a reason unknown here: {exit:?}"),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                return signal::take_kick();
+                signal::take_kick();
+                return Left::Interrupted;
             }
             Err(error) => format!("KVM_RUN: {error}"),
         };
         self.running = false;
         self.wiring.events.send(Event::Died { vcpu: self.index, why: died });
+        Left::Dead
     }
 }
 

@@ -1,6 +1,7 @@
 //! The PC: x86-64 processors, their interrupt controllers and the tables an OS expects.
 
 pub(crate) mod acpi;
+pub(crate) mod clock;
 pub(crate) mod cpuid;
 pub(crate) mod irqchip;
 pub(crate) mod layout;

@@ -4,15 +4,15 @@
 #![expect(unsafe_code, reason = "KVM_GET_XSAVE2 and KVM_SET_XSAVE trust the buffer's size")]
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Xsave, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs,
-    kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, KVM_MAX_CPUID_ENTRIES, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
+    kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use migration::state::Saved;
 use serde::{Deserialize, Serialize};
 
 use super::msr;
-use crate::kvm::{Error, exact};
+use crate::kvm::{Error, exact, tsc};
 
 /// 32-bit words of extended state that every KVM uses at least (`struct kvm_xsave`).
 const XSAVE_WORDS: usize = 1024;
@@ -40,6 +40,8 @@ pub(crate) struct VcpuV1 {
     #[serde(with = "exact")]
     lapic: kvm_lapic_state,
     tsc_khz: u32,
+    /// What its time-stamp counter is ahead of the host's, where KVM tells.
+    tsc_offset: Option<u64>,
     cpuid: Vec<Leaf>,
     msrs: Vec<(u32, u64)>,
     #[serde(with = "exact")]
@@ -51,20 +53,16 @@ impl Saved for VcpuV1 {
     const VERSION: u16 = 1;
 }
 
+impl VcpuV1 {
+    /// What its time-stamp counter was ahead of its host's, modulo 2^64, if it runs at a host's
+    /// own frequency.
+    pub(crate) fn unscaled_tsc_offset(&self, host_khz: u32) -> Option<u64> {
+        self.tsc_offset.filter(|_| is_same_tsc(host_khz.into(), self.tsc_khz.into()))
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 struct Leaf(#[serde(with = "exact")] kvm_cpuid_entry2);
-
-/// How KVM's clock is carried over.
-#[derive(Serialize, Deserialize)]
-pub(crate) struct ClockV1 {
-    /// Nanoseconds that the guest has been up.
-    nanoseconds: u64,
-}
-
-impl Saved for ClockV1 {
-    const KIND: &'static str = "kvm-clock";
-    const VERSION: u16 = 1;
-}
 
 /// Bytes of extended state that this host's KVM keeps for a vCPU.
 pub(crate) fn xsave_bytes(kvm: &Kvm) -> usize {
@@ -98,6 +96,7 @@ pub(crate) fn save(kvm: &Kvm, fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuV1, Error
         debugregs,
         lapic,
         tsc_khz,
+        tsc_offset: tsc::offset(fd)?,
         cpuid,
         msrs,
         events,
@@ -115,6 +114,7 @@ pub(crate) fn load(kvm: &Kvm, fd: &VcpuFd, state: VcpuV1) -> Result<(), Error> {
         debugregs,
         lapic,
         tsc_khz,
+        tsc_offset: _needs_the_clock,
         cpuid,
         msrs,
         events,
@@ -138,20 +138,6 @@ pub(crate) fn load(kvm: &Kvm, fd: &VcpuFd, state: VcpuV1) -> Result<(), Error> {
     msr::write(fd, &msrs)?;
     fd.set_vcpu_events(&events).map_err(Error::ioctl("KVM_SET_VCPU_EVENTS"))?;
     Ok(())
-}
-
-/// KVM's clock, read after the vCPUs stopped.
-pub(crate) fn save_clock(fd: &VmFd) -> Result<ClockV1, Error> {
-    let clock = fd.get_clock().map_err(Error::ioctl("KVM_GET_CLOCK"))?;
-    Ok(ClockV1 { nanoseconds: clock.clock })
-}
-
-/// Sets KVM's clock, once and after all time-stamp counters.
-///
-/// The guest's clocks stand still while it does not run, its TSC and KVM's clock alike.
-pub(crate) fn load_clock(fd: &VmFd, ClockV1 { nanoseconds }: &ClockV1) -> Result<(), Error> {
-    let clock = kvm_clock_data { clock: *nanoseconds, ..Default::default() };
-    fd.set_clock(&clock).map_err(Error::ioctl("KVM_SET_CLOCK"))
 }
 
 /// Tells a guest that it did not run for a while, so that it does not report a lockup.
