@@ -11,3 +11,4 @@ pub mod bus;
 pub mod irq;
 pub mod legacy;
 pub mod pci;
+pub mod shpc;

@@ -1,10 +1,16 @@
 //! PCI: functions, their configuration space, and where they answer.
 
 pub mod bar;
+pub mod bridge;
 pub mod capability;
+pub mod host;
+pub mod intx;
 pub mod msi;
 pub mod msix;
 pub mod registers;
+#[cfg(test)]
+mod testing;
+pub mod topology;
 
 use std::fmt;
 use std::sync::Arc;
