@@ -9,7 +9,7 @@ pub mod msi;
 pub mod msix;
 pub mod registers;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 pub mod topology;
 
 use std::fmt;

@@ -239,7 +239,7 @@ impl Controller {
 
     /// Puts a card into `slot` as if it had always been there.
     pub fn insert_cold(&mut self, slot: u8) {
-        self.change(slot, |slot| *slot = Slot::new(true));
+        self.change(slot, Slot::insert_cold);
     }
 
     /// Pulls the card out of `slot`.

@@ -168,6 +168,11 @@ impl Slot {
         self.latches |= latch::PRESENCE | latch::MRL;
     }
 
+    /// There is a card as if it had been there since power-on.
+    pub(super) fn insert_cold(&mut self) {
+        self.view = Self::new(true).view;
+    }
+
     /// The latch is opened and the card pulled, which takes its power.
     pub(super) fn pull(&mut self) {
         self.view.card = false;
