@@ -1,6 +1,7 @@
 //! What a VM is made of, once everything that was typed is understood and checked.
 
 mod address;
+mod device;
 mod host;
 mod name;
 mod serial;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use address::{Address, AddressError};
+pub use device::{DeviceConfig, DeviceError, DeviceId, HostDevice, SLOTS, Strategy, TogetherError};
 pub use host::HugePages;
 pub use name::{NameError, VmName};
 pub use serial::{SerialError, SerialMode};
@@ -36,6 +38,8 @@ pub struct RunConfig {
     pub machine: MachineConfig,
     /// The size of the host's pages behind guest memory; `None` for ordinary ones.
     pub hugepages: Option<HugePages>,
+    /// The host's devices that the guest is given.
+    pub devices: Vec<DeviceConfig>,
     /// Where the first serial line is connected.
     pub serial: SerialMode,
     /// Wait here for a guest that is migrated to this VM, instead of booting one.
@@ -119,6 +123,9 @@ pub enum ConfigError {
     /// A number of vCPUs that is not supported.
     #[error("{0} vCPUs are not possible: choose {min} to {max}", min = CPUS.start(), max = CPUS.end())]
     Cpus(u64),
+    /// Devices that cannot be in one machine.
+    #[error(transparent)]
+    Devices(#[from] TogetherError),
     /// Something that only a kernel can use.
     #[error("{0} needs --kernel: the built-in guest takes none")]
     NeedsKernel(&'static str),
@@ -166,6 +173,7 @@ impl RunConfig {
         if initrd.is_some() && kernel.is_none() {
             return Err(ConfigError::NeedsKernel("--initrd"));
         }
+        device::check_together(&self.devices)?;
         Ok(())
     }
 }
@@ -180,6 +188,7 @@ mod tests {
             boot: Boot::default(),
             machine: MachineConfig { memory, cpus },
             hugepages: None,
+            devices: Vec::new(),
             serial: SerialMode::Null,
             incoming: None,
         }
@@ -205,6 +214,15 @@ mod tests {
             let text = config.check().unwrap_err().to_string();
             assert!(text.contains(says) && !text.contains('\n'), "{text}");
         }
+    }
+
+    #[test]
+    fn devices_that_do_not_go_together_are_refused() {
+        let mut config = config(MEMORY_MIN, 1);
+        config.devices = vec!["vfio,id=a,host=01:10.0".parse().unwrap(); 2];
+        assert!(matches!(config.check(), Err(ConfigError::Devices(_))));
+        config.devices.pop();
+        config.check().unwrap();
     }
 
     #[test]
