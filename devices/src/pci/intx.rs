@@ -1,9 +1,10 @@
 //! The interrupt pins of functions and the lines of the machine that they share.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::irq::Line;
+use crate::irq::{LevelTrigger, Line};
 
 /// Which of the host bridge's lines pin `pin` of root device `device` is wired to, out of `lines`.
 ///
@@ -57,6 +58,11 @@ impl Line for Source {
         if self.level.swap(level, Ordering::AcqRel) != level {
             self.shared.count(level);
         }
+    }
+
+    fn trigger(&self) -> io::Result<Box<dyn LevelTrigger>> {
+        // The machine itself adds its triggers to what others do to a line.
+        self.shared.line.trigger()
     }
 }
 

@@ -68,20 +68,11 @@ pub struct Slots {
     behind: BusId,
     requests: Mutex<Requests>,
     changed: Condvar,
-    notify: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Slots {
     /// The slots of `bridge`, which leads to the bus `behind` of `topology`.
-    ///
-    /// `notify` is called when the guest changed something, on the thread of a vCPU: it must not
-    /// wait, nor call back.
-    pub fn new(
-        topology: Arc<Topology>,
-        bridge: Arc<SlotBridge>,
-        behind: BusId,
-        notify: impl Fn() + Send + Sync + 'static,
-    ) -> Arc<Self> {
+    pub fn new(topology: Arc<Topology>, bridge: Arc<SlotBridge>, behind: BusId) -> Arc<Self> {
         let count = bridge.shpc(|shpc| shpc.slots());
         let requests = Requests { requests: vec![None; count.into()], changes: 0 };
         let slots = Arc::new(Self {
@@ -90,7 +81,6 @@ impl Slots {
             behind,
             requests: Mutex::new(requests),
             changed: Condvar::new(),
-            notify: Box::new(notify),
         });
         slots.bridge.report_to(Arc::new(Ear(Arc::downgrade(&slots))));
         slots
@@ -291,7 +281,6 @@ impl SlotEvents for Ear {
         }
         drop(requests);
         slots.changed.notify_all();
-        (slots.notify)();
     }
 }
 

@@ -40,6 +40,9 @@ pub(super) struct RunArgs {
     /// The number of vCPUs, 1 to 8 [default: 1]
     #[arg(long, value_name = "N")]
     cpus: Option<u64>,
+    /// The number of hot-plug slots for PCI devices, 0 to 31 [default: 4]
+    #[arg(long, value_name = "N")]
+    pci_slots: Option<u64>,
     /// Back guest memory with huge pages of 2M or 1G [without a size: 2M]
     #[arg(long, value_name = "SIZE", num_args = 0..=1, require_equals = true, default_missing_value = "2M")]
     hugepages: Option<HugePages>,
@@ -97,6 +100,7 @@ impl RunArgs {
             cmdline: self.cmdline.or(other.cmdline),
             memory: self.memory.or(other.memory),
             cpus: self.cpus.or(other.cpus),
+            pci_slots: self.pci_slots.or(other.pci_slots),
             hugepages: self.hugepages.or(other.hugepages),
             devices: with_others(self.devices, other.devices),
             serial: self.serial.or(other.serial),
@@ -124,12 +128,14 @@ impl RunArgs {
     fn understand(self) -> Result<RunConfig, ConfigError> {
         let default = MachineConfig::default();
         let cpus = self.cpus.unwrap_or(default.cpus.into());
+        let pci_slots = self.pci_slots.unwrap_or(default.pci_slots.into());
         Ok(RunConfig {
             name: self.name,
             boot: Boot { kernel: self.kernel, initrd: self.initrd, cmdline: self.cmdline },
             machine: MachineConfig {
                 memory: self.memory.map_or(default.memory, |Size(bytes)| bytes),
                 cpus: u8::try_from(cpus).map_err(|_| ConfigError::Cpus(cpus))?,
+                pci_slots: u8::try_from(pci_slots).map_err(|_| ConfigError::PciSlots(pci_slots))?,
             },
             hugepages: self.hugepages,
             devices: self.devices,
@@ -164,7 +170,7 @@ mod tests {
         }
     }
 
-    const FLAGS: [&str; 23] = [
+    const FLAGS: [&str; 25] = [
         "--name",
         "a",
         "--kernel",
@@ -177,6 +183,8 @@ mod tests {
         "1G",
         "--cpus",
         "4",
+        "--pci-slots",
+        "2",
         "--hugepages=1G",
         "--device",
         "vfio,id=n,host=01:10.0",
@@ -196,6 +204,7 @@ mod tests {
         cmdline = 'c d'
         memory = '1G'
         cpus = 4
+        pci_slots = 2
         hugepages = '1G'
         device = [{ type = 'vfio', id = 'n', host = '0000:01:10.0' }]
         serial = 'file=s'
@@ -215,9 +224,9 @@ mod tests {
     #[test]
     fn what_is_typed_wins_over_the_file() {
         let args = typed(&["--memory", "64M", "--serial", "null"]);
-        let merged = args.or(toml::from_str("memory = '1G'\ncpus = 2").unwrap());
+        let merged = args.or(toml::from_str("memory = '1G'\ncpus = 2\npci_slots = 7").unwrap());
         let config = merged.understand().unwrap();
-        assert_eq!(config.machine, MachineConfig { memory: 64 << 20, cpus: 2 });
+        assert_eq!(config.machine, MachineConfig { memory: 64 << 20, cpus: 2, pci_slots: 7 });
         assert_eq!(config.serial, SerialMode::Null);
     }
 

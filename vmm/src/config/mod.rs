@@ -26,6 +26,8 @@ pub const MEMORY_MIN: u64 = 64 << 20;
 pub const MEMORY_STEP: u64 = 1 << 20;
 /// How many vCPUs a VM may have.
 pub const CPUS: RangeInclusive<u8> = 1..=8;
+/// How many slots for PCI devices a VM may have.
+pub const PCI_SLOTS: RangeInclusive<u8> = 0..=31;
 
 /// Everything `uvmm run` needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,11 +68,14 @@ pub struct MachineConfig {
     pub memory: u64,
     /// The number of vCPUs, within [`CPUS`].
     pub cpus: u8,
+    /// The number of slots for PCI devices that come and go, within [`PCI_SLOTS`]; without any
+    /// there is no bridge either.
+    pub pci_slots: u8,
 }
 
 impl Default for MachineConfig {
     fn default() -> Self {
-        MachineConfig { memory: 512 << 20, cpus: 1 }
+        MachineConfig { memory: 512 << 20, cpus: 1, pci_slots: 4 }
     }
 }
 
@@ -123,6 +128,9 @@ pub enum ConfigError {
     /// A number of vCPUs that is not supported.
     #[error("{0} vCPUs are not possible: choose {min} to {max}", min = CPUS.start(), max = CPUS.end())]
     Cpus(u64),
+    /// More slots than a hot-plug controller can have.
+    #[error("{0} PCI slots are not possible: choose {min} to {max}", min = PCI_SLOTS.start(), max = PCI_SLOTS.end())]
+    PciSlots(u64),
     /// Devices that cannot be in one machine.
     #[error(transparent)]
     Devices(#[from] TogetherError),
@@ -148,6 +156,9 @@ impl MachineConfig {
         }
         if !CPUS.contains(&self.cpus) {
             return Err(ConfigError::Cpus(self.cpus.into()));
+        }
+        if !PCI_SLOTS.contains(&self.pci_slots) {
+            return Err(ConfigError::PciSlots(self.pci_slots.into()));
         }
         Ok(())
     }
@@ -186,7 +197,7 @@ mod tests {
         RunConfig {
             name: None,
             boot: Boot::default(),
-            machine: MachineConfig { memory, cpus },
+            machine: MachineConfig { memory, cpus, pci_slots: 4 },
             hugepages: None,
             devices: Vec::new(),
             serial: SerialMode::Null,
@@ -213,6 +224,15 @@ mod tests {
         ] {
             let text = config.check().unwrap_err().to_string();
             assert!(text.contains(says) && !text.contains('\n'), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_controller_has_31_slots_at_most() {
+        let mut config = config(MEMORY_MIN, 1);
+        for (slots, possible) in [(0, true), (31, true), (32, false)] {
+            config.machine.pci_slots = slots;
+            assert_eq!(config.check().is_ok(), possible, "{slots}");
         }
     }
 

@@ -2,14 +2,12 @@
 
 pub(crate) mod exact;
 mod irq;
-#[cfg_attr(not(test), expect(dead_code, reason = "for functions on the PCI bus"))]
 mod routes;
 #[cfg_attr(not(test), expect(dead_code, reason = "for functions on the PCI bus"))]
 mod slots;
 mod vm;
 
 pub(crate) use irq::IrqLine;
-#[expect(unused_imports, reason = "for functions on the PCI bus")]
 pub(crate) use routes::Routes;
 #[expect(unused_imports, reason = "for functions on the PCI bus")]
 pub(crate) use slots::Slots;
