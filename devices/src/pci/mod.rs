@@ -3,6 +3,8 @@
 pub mod bar;
 pub mod bridge;
 pub mod capability;
+#[cfg(test)]
+mod fuzz;
 pub mod host;
 pub mod intx;
 pub mod msi;
