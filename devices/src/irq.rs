@@ -17,6 +17,26 @@ pub trait Line: Send + Sync {
         self.set(true);
         self.set(false);
     }
+
+    /// Opens a way by which an eventfd asserts the line without anybody's help.
+    ///
+    /// # Errors
+    /// When the line has no such way, or the host refuses.
+    fn trigger(&self) -> io::Result<Box<dyn LevelTrigger>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// An eventfd that asserts a line until the guest's interrupt controller has had it. It is closed,
+/// and lets go of the line, when it is dropped.
+///
+/// The line may be shared: what others do to it counts as well.
+pub trait LevelTrigger: Send + Sync {
+    /// What to signal to assert the line.
+    fn eventfd(&self) -> &EventFd;
+    /// Is signalled when the guest ended the interrupt and this trigger let go of the line: who
+    /// still wants attention signals [`eventfd`](Self::eventfd) again.
+    fn ended(&self) -> &EventFd;
 }
 
 /// A message-signalled interrupt: a write of `data` to `address` (PCI 3.0, 6.8).

@@ -8,6 +8,8 @@
 //! not to call back, its [`irq::Line`] and its output: no order of locks can be got wrong.
 
 pub mod bus;
+pub mod direct;
 pub mod irq;
 pub mod legacy;
 pub mod pci;
+pub mod shpc;

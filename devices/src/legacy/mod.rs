@@ -9,7 +9,7 @@ pub mod serial;
 mod time_format;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 /// What a guest may do to the machine that it runs on.
 ///

@@ -13,17 +13,17 @@ use crate::irq::Line;
 
 /// A line that remembers its level and counts its rising edges.
 #[derive(Default)]
-pub(super) struct Wire {
+pub(crate) struct Wire {
     level: AtomicBool,
     edges: AtomicU32,
 }
 
 impl Wire {
-    pub(super) fn level(&self) -> bool {
+    pub(crate) fn level(&self) -> bool {
         self.level.load(Ordering::SeqCst)
     }
 
-    pub(super) fn edges(&self) -> u32 {
+    pub(crate) fn edges(&self) -> u32 {
         self.edges.load(Ordering::SeqCst)
     }
 }
@@ -38,17 +38,17 @@ impl Line for Wire {
 
 /// Counts what the guest wished for.
 #[derive(Default)]
-pub(super) struct Switch {
+pub(crate) struct Switch {
     off: AtomicU32,
     reset: AtomicU32,
 }
 
 impl Switch {
-    pub(super) fn offs(&self) -> u32 {
+    pub(crate) fn offs(&self) -> u32 {
         self.off.load(Ordering::SeqCst)
     }
 
-    pub(super) fn resets(&self) -> u32 {
+    pub(crate) fn resets(&self) -> u32 {
         self.reset.load(Ordering::SeqCst)
     }
 }
@@ -63,12 +63,12 @@ impl Power for Switch {
     }
 }
 
-pub(super) fn wire() -> Arc<Wire> {
+pub(crate) fn wire() -> Arc<Wire> {
     Arc::default()
 }
 
 /// Reads one byte.
-pub(super) fn get(device: &impl BusDevice, offset: u64) -> u8 {
+pub(crate) fn get(device: &impl BusDevice, offset: u64) -> u8 {
     let mut data = [0xff];
     device.read(offset, &mut data);
     data[0]
@@ -76,13 +76,13 @@ pub(super) fn get(device: &impl BusDevice, offset: u64) -> u8 {
 
 /// One access of any guest.
 #[derive(Debug, Clone)]
-pub(super) enum Access {
+pub(crate) enum Access {
     Read(u64, usize),
     Write(u64, Vec<u8>),
 }
 
 /// Any accesses within a range of `size` bytes.
-pub(super) fn accesses(size: u64) -> impl Strategy<Value = Vec<Access>> {
+pub(crate) fn accesses(size: u64) -> impl Strategy<Value = Vec<Access>> {
     let place = (0..size).prop_flat_map(move |offset| {
         let longest = usize::try_from((size - offset).min(8)).expect("at most 8");
         (Just(offset), 1..=longest)
@@ -99,7 +99,7 @@ pub(super) fn accesses(size: u64) -> impl Strategy<Value = Vec<Access>> {
 }
 
 /// Lets a bad guest at `device`; then it must survive junk, and `twin` must become its equal.
-pub(super) fn withstands<D: BusDevice + Migratable>(device: &D, twin: &D, accesses: &[Access]) {
+pub(crate) fn withstands<D: BusDevice + Migratable>(device: &D, twin: &D, accesses: &[Access]) {
     for access in accesses {
         match access {
             Access::Read(offset, length) => device.read(*offset, &mut vec![0xff; *length]),

@@ -1,5 +1,19 @@
 //! PCI: functions, their configuration space, and where they answer.
 
+pub mod bar;
+pub mod bridge;
+pub mod capability;
+#[cfg(test)]
+mod fuzz;
+pub mod host;
+pub mod intx;
+pub mod msi;
+pub mod msix;
+pub mod registers;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod topology;
+
 use std::fmt;
 use std::sync::Arc;
 
@@ -22,7 +36,7 @@ impl fmt::Display for Bdf {
     }
 }
 
-/// What a write to configuration space changed beyond the function's own registers.
+/// What a write changed beyond the function's own registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
 pub enum Effect {
@@ -30,8 +44,11 @@ pub enum Effect {
     None,
     /// Where its base address registers answer, or whether it may master the bus.
     Decode,
-    /// Which buses and windows are behind it.
+    /// Which buses, windows and devices are behind it.
     Routing,
+    /// As [`Routing`](Self::Routing); and the devices of the bus behind it, one bit for the number
+    /// of each, go back to the state after power-on.
+    Reset(u32),
 }
 
 /// What a base address register decodes (PCI 3.0, 6.2.5.1).
@@ -77,7 +94,7 @@ pub trait PciFunction: Send + Sync {
     /// Reads what a base address register decodes; `data` comes filled with ones.
     fn read_bar(&self, bar: u8, offset: u64, data: &mut [u8]);
     /// Writes what a base address register decodes.
-    fn write_bar(&self, bar: u8, offset: u64, data: &[u8]);
+    fn write_bar(&self, bar: u8, offset: u64, data: &[u8]) -> Effect;
     /// Where the register answers from now on: `None` where its function, a bridge above it, or
     /// something else at that address keeps it from answering.
     fn place_bar(&self, bar: u8, at: Option<u64>);

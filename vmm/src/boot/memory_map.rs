@@ -30,17 +30,21 @@ pub(super) struct Range {
     pub(super) kind: Kind,
 }
 
-/// The ranges in ascending order: conventional memory, ACPI's tables, the rest of RAM.
+/// The ranges in ascending order: conventional memory, tables, the rest of RAM, and
+/// PCI's configuration space.
 pub(super) fn memory_map(ram: &Ram) -> Vec<Range> {
     let range = |start, end, kind| Range { start, len: end - start, kind };
     let mut map = vec![
         range(0, layout::LOWMEM_END, Kind::Ram),
-        range(layout::ACPI_TABLES, layout::ACPI_TABLES_END, Kind::Reserved),
+        range(layout::ACPI_TABLES, layout::HIMEM, Kind::Reserved),
     ];
     map.extend(ram.iter().map(|region| {
         let start = region.start_addr().0;
         range(start.max(layout::HIMEM), start + region.len(), Kind::Ram)
     }));
+    // Linux uses it only if it is told here that nothing else is there.
+    map.push(range(layout::ECAM.start, layout::ECAM.end, Kind::Reserved));
+    map.sort_by_key(|range| range.start);
     map
 }
 

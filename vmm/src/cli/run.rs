@@ -7,7 +7,8 @@ use serde::Deserialize;
 
 use super::{Failure, file};
 use crate::config::{
-    Address, Boot, ConfigError, HugePages, MachineConfig, RunConfig, SerialMode, Size, VmName,
+    Address, Boot, ConfigError, DeviceConfig, HugePages, MachineConfig, RunConfig, SerialMode,
+    Size, VmName,
 };
 use crate::log;
 
@@ -39,9 +40,17 @@ pub(super) struct RunArgs {
     /// The number of vCPUs, 1 to 8 [default: 1]
     #[arg(long, value_name = "N")]
     cpus: Option<u64>,
+    /// The number of hot-plug slots for PCI devices, 0 to 31 [default: 4]
+    #[arg(long, value_name = "N")]
+    pci_slots: Option<u64>,
     /// Back guest memory with huge pages of 2M or 1G [without a size: 2M]
     #[arg(long, value_name = "SIZE", num_args = 0..=1, require_equals = true, default_missing_value = "2M")]
     hugepages: Option<HugePages>,
+    /// Give the guest a device of the host, vfio,id=ID,host=BDF[,slot=N][,strategy=S], where BDF may
+    /// be a path below /sys and S is auto, pause, evict, native or refuse; may be repeated
+    #[arg(long = "device", value_name = "DEVICE")]
+    #[serde(rename = "device")]
+    devices: Vec<DeviceConfig>,
     /// Where the serial line goes: stdio, null, file=F or socket=F [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialMode>,
@@ -91,7 +100,9 @@ impl RunArgs {
             cmdline: self.cmdline.or(other.cmdline),
             memory: self.memory.or(other.memory),
             cpus: self.cpus.or(other.cpus),
+            pci_slots: self.pci_slots.or(other.pci_slots),
             hugepages: self.hugepages.or(other.hugepages),
+            devices: with_others(self.devices, other.devices),
             serial: self.serial.or(other.serial),
             incoming: self.incoming.or(other.incoming),
             log: self.log.or(other.log),
@@ -117,18 +128,32 @@ impl RunArgs {
     fn understand(self) -> Result<RunConfig, ConfigError> {
         let default = MachineConfig::default();
         let cpus = self.cpus.unwrap_or(default.cpus.into());
+        let pci_slots = self.pci_slots.unwrap_or(default.pci_slots.into());
         Ok(RunConfig {
             name: self.name,
             boot: Boot { kernel: self.kernel, initrd: self.initrd, cmdline: self.cmdline },
             machine: MachineConfig {
                 memory: self.memory.map_or(default.memory, |Size(bytes)| bytes),
                 cpus: u8::try_from(cpus).map_err(|_| ConfigError::Cpus(cpus))?,
+                pci_slots: u8::try_from(pci_slots).map_err(|_| ConfigError::PciSlots(pci_slots))?,
             },
             hugepages: self.hugepages,
+            devices: self.devices,
             serial: self.serial.unwrap_or_default(),
             incoming: self.incoming,
         })
     }
+}
+
+/// `devices`, and those of `others` that have other ids.
+fn with_others(mut devices: Vec<DeviceConfig>, others: Vec<DeviceConfig>) -> Vec<DeviceConfig> {
+    let typed = devices.len();
+    for other in others {
+        if devices[..typed].iter().all(|device| device.id != other.id) {
+            devices.push(other);
+        }
+    }
+    devices
 }
 
 #[cfg(test)]
@@ -145,7 +170,7 @@ mod tests {
         }
     }
 
-    const FLAGS: [&str; 21] = [
+    const FLAGS: [&str; 25] = [
         "--name",
         "a",
         "--kernel",
@@ -158,7 +183,11 @@ mod tests {
         "1G",
         "--cpus",
         "4",
+        "--pci-slots",
+        "2",
         "--hugepages=1G",
+        "--device",
+        "vfio,id=n,host=01:10.0",
         "--serial",
         "file=s",
         "--incoming",
@@ -175,7 +204,9 @@ mod tests {
         cmdline = 'c d'
         memory = '1G'
         cpus = 4
+        pci_slots = 2
         hugepages = '1G'
+        device = [{ type = 'vfio', id = 'n', host = '0000:01:10.0' }]
         serial = 'file=s'
         incoming = 'unix:u'
         log = 'l'
@@ -193,10 +224,28 @@ mod tests {
     #[test]
     fn what_is_typed_wins_over_the_file() {
         let args = typed(&["--memory", "64M", "--serial", "null"]);
-        let merged = args.or(toml::from_str("memory = '1G'\ncpus = 2").unwrap());
+        let merged = args.or(toml::from_str("memory = '1G'\ncpus = 2\npci_slots = 7").unwrap());
         let config = merged.understand().unwrap();
-        assert_eq!(config.machine, MachineConfig { memory: 64 << 20, cpus: 2 });
+        assert_eq!(config.machine, MachineConfig { memory: 64 << 20, cpus: 2, pci_slots: 7 });
         assert_eq!(config.serial, SerialMode::Null);
+    }
+
+    #[test]
+    fn a_typed_device_replaces_the_one_of_its_name_in_the_file() {
+        let args = typed(&["--device", "vfio,id=n,host=02:10.0"]);
+        let file = "
+            [[device]]
+            type = 'vfio'
+            id = 'n'
+            host = '01:10.0'
+            [[device]]
+            type = 'vfio'
+            id = 'm'
+            host = '03:10.0'
+        ";
+        let config = args.or(toml::from_str(file).unwrap()).understand().unwrap();
+        let texts: Vec<_> = config.devices.iter().map(ToString::to_string).collect();
+        assert_eq!(texts, ["vfio,id=n,host=0000:02:10.0", "vfio,id=m,host=0000:03:10.0"]);
     }
 
     #[test]

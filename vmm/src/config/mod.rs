@@ -1,6 +1,7 @@
 //! What a VM is made of, once everything that was typed is understood and checked.
 
 mod address;
+mod device;
 mod host;
 mod name;
 mod serial;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use address::{Address, AddressError};
+pub use device::{DeviceConfig, DeviceError, DeviceId, HostDevice, SLOTS, Strategy, TogetherError};
 pub use host::HugePages;
 pub use name::{NameError, VmName};
 pub use serial::{SerialError, SerialMode};
@@ -24,6 +26,8 @@ pub const MEMORY_MIN: u64 = 64 << 20;
 pub const MEMORY_STEP: u64 = 1 << 20;
 /// How many vCPUs a VM may have.
 pub const CPUS: RangeInclusive<u8> = 1..=8;
+/// How many slots for PCI devices a VM may have.
+pub const PCI_SLOTS: RangeInclusive<u8> = 0..=31;
 
 /// Everything `uvmm run` needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +40,8 @@ pub struct RunConfig {
     pub machine: MachineConfig,
     /// The size of the host's pages behind guest memory; `None` for ordinary ones.
     pub hugepages: Option<HugePages>,
+    /// The host's devices that the guest is given.
+    pub devices: Vec<DeviceConfig>,
     /// Where the first serial line is connected.
     pub serial: SerialMode,
     /// Wait here for a guest that is migrated to this VM, instead of booting one.
@@ -62,11 +68,14 @@ pub struct MachineConfig {
     pub memory: u64,
     /// The number of vCPUs, within [`CPUS`].
     pub cpus: u8,
+    /// The number of slots for PCI devices that come and go, within [`PCI_SLOTS`]; without any
+    /// there is no bridge either.
+    pub pci_slots: u8,
 }
 
 impl Default for MachineConfig {
     fn default() -> Self {
-        MachineConfig { memory: 512 << 20, cpus: 1 }
+        MachineConfig { memory: 512 << 20, cpus: 1, pci_slots: 4 }
     }
 }
 
@@ -119,6 +128,12 @@ pub enum ConfigError {
     /// A number of vCPUs that is not supported.
     #[error("{0} vCPUs are not possible: choose {min} to {max}", min = CPUS.start(), max = CPUS.end())]
     Cpus(u64),
+    /// More slots than a hot-plug controller can have.
+    #[error("{0} PCI slots are not possible: choose {min} to {max}", min = PCI_SLOTS.start(), max = PCI_SLOTS.end())]
+    PciSlots(u64),
+    /// Devices that cannot be in one machine.
+    #[error(transparent)]
+    Devices(#[from] TogetherError),
     /// Something that only a kernel can use.
     #[error("{0} needs --kernel: the built-in guest takes none")]
     NeedsKernel(&'static str),
@@ -141,6 +156,9 @@ impl MachineConfig {
         }
         if !CPUS.contains(&self.cpus) {
             return Err(ConfigError::Cpus(self.cpus.into()));
+        }
+        if !PCI_SLOTS.contains(&self.pci_slots) {
+            return Err(ConfigError::PciSlots(self.pci_slots.into()));
         }
         Ok(())
     }
@@ -166,6 +184,7 @@ impl RunConfig {
         if initrd.is_some() && kernel.is_none() {
             return Err(ConfigError::NeedsKernel("--initrd"));
         }
+        device::check_together(&self.devices)?;
         Ok(())
     }
 }
@@ -178,8 +197,9 @@ mod tests {
         RunConfig {
             name: None,
             boot: Boot::default(),
-            machine: MachineConfig { memory, cpus },
+            machine: MachineConfig { memory, cpus, pci_slots: 4 },
             hugepages: None,
+            devices: Vec::new(),
             serial: SerialMode::Null,
             incoming: None,
         }
@@ -205,6 +225,24 @@ mod tests {
             let text = config.check().unwrap_err().to_string();
             assert!(text.contains(says) && !text.contains('\n'), "{text}");
         }
+    }
+
+    #[test]
+    fn a_controller_has_31_slots_at_most() {
+        let mut config = config(MEMORY_MIN, 1);
+        for (slots, possible) in [(0, true), (31, true), (32, false)] {
+            config.machine.pci_slots = slots;
+            assert_eq!(config.check().is_ok(), possible, "{slots}");
+        }
+    }
+
+    #[test]
+    fn devices_that_do_not_go_together_are_refused() {
+        let mut config = config(MEMORY_MIN, 1);
+        config.devices = vec!["vfio,id=a,host=01:10.0".parse().unwrap(); 2];
+        assert!(matches!(config.check(), Err(ConfigError::Devices(_))));
+        config.devices.pop();
+        config.check().unwrap();
     }
 
     #[test]

@@ -1,23 +1,28 @@
 //! From a configuration to a machine: the one table of its devices.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use devices::bus::{Bus, BusError};
+use devices::bus::{Bus, BusDevice, BusError};
+use devices::irq::Line;
 use devices::legacy::i8042::{self, I8042};
 use devices::legacy::pm::{self, PmControl, PmEvents};
 use devices::legacy::reset::{self, ResetControl};
 use devices::legacy::rtc::{self, Rtc};
 use devices::legacy::serial::{self, Serial};
+use devices::pci::host;
+use devices::pci::topology::PlaceError;
 use kvm_ioctls::VcpuFd;
 
-use super::{Alarm, Device, HostEnds, Machine};
-use crate::arch::{acpi, cpuid, msr, regs};
+use super::pci::{Around, Pci};
+use super::{Alarm, Device, HostEnds, Machine, Parts};
+use crate::arch::{acpi, cpuid, layout, mptable, msr, regs};
 use crate::boot;
 use crate::config::{Boot, HugePages, MachineConfig};
 use crate::console::{Output, Room};
 use crate::event::Events;
-use crate::kvm::{self, IrqLine, Vm};
-use crate::memory::{self, Ram};
+use crate::kvm::{self, IrqLine, Routes, Vm};
+use crate::memory;
 use crate::power::PowerSwitch;
 use crate::vcpu::{self, Exits, Vcpu, Vcpus, Wiring};
 
@@ -53,8 +58,11 @@ pub(crate) enum Error {
     #[error(transparent)]
     Entry(#[from] regs::BootError),
     /// The tables do not fit.
-    #[error("cannot write the ACPI tables into guest memory")]
-    Acpi(#[source] vm_memory::GuestMemoryError),
+    #[error("cannot write the tables of the machine into guest memory")]
+    Tables(#[source] vm_memory::GuestMemoryError),
+    /// Two PCI functions claim the same place.
+    #[error("cannot wire the PCI buses")]
+    Pci(#[from] PlaceError),
     /// Two devices claim the same addresses.
     #[error("cannot place {address}")]
     Bus {
@@ -73,8 +81,10 @@ impl Machine {
         boot: &Boot,
         host: &HostSide,
     ) -> Result<Self, Error> {
-        Self::assemble(config, host, |ram, first| {
-            let rsdp = acpi::write(ram, config.cpus).map_err(Error::Acpi)?;
+        Self::assemble(config, host, |vm, first| {
+            let (ram, window) = (vm.ram(), memory_64(vm, config)?);
+            let rsdp = acpi::write(ram, config.cpus, window.as_ref()).map_err(Error::Tables)?;
+            mptable::write(ram, config.cpus).map_err(Error::Tables)?;
             let entry = boot::load(ram, boot, rsdp)?;
             Ok(regs::enter(first, ram, &entry)?)
         })
@@ -89,13 +99,13 @@ impl Machine {
     fn assemble(
         config: &MachineConfig,
         host: &HostSide,
-        load: impl FnOnce(&Ram, &VcpuFd) -> Result<(), Error>,
+        load: impl FnOnce(&Vm, &VcpuFd) -> Result<(), Error>,
     ) -> Result<Self, Error> {
         let ram = memory::allocate(config.memory, host.hugepages)?;
         let vm = Arc::new(Vm::new(ram)?);
         let fds = create_vcpus(&vm, config.cpus)?;
         let tsc_khz = fds[0].get_tsc_khz().map_err(kvm::Error::ioctl("KVM_GET_TSC_KHZ"))?;
-        load(vm.ram(), &fds[0])?;
+        load(&vm, &fds[0])?;
 
         let power = Arc::new(PowerSwitch::new(host.events.clone()));
         let (alarm, room) = (host.alarm.clone(), host.room.clone());
@@ -111,37 +121,40 @@ impl Machine {
             rtc: Arc::new(Rtc::new(line(rtc::IRQ), move || alarm.ring())),
             pm: Arc::new(PmEvents::new(line(pm::SCI))),
         };
+        let reset = Arc::new(ResetControl::new(power.clone()));
+        let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let around = Around {
+            pio: &pio,
+            mmio: &mmio,
+            lines: layout::PCI_GSIS.map(|gsi| line(gsi) as Arc<dyn Line>).collect(),
+            messages: Arc::new(Routes::new(vm.clone())),
+            memory_64: memory_64(&vm, config)?,
+            reset: reset.clone(),
+        };
+        let Pci { ports, ecam, slots, saved: pci } = Pci::new(config.pci_slots, around)?;
         // Where each device is, which is also its name in a saved state.
-        let devices: [(u64, u64, Arc<dyn Device>); 6] = [
+        let devices: Vec<(u64, u64, Arc<dyn Device>)> = vec![
             (serial::PORT, serial::SIZE, host_ends.com1.clone()),
             (rtc::PORT, rtc::SIZE, host_ends.rtc.clone()),
             (pm::EVENTS_PORT, pm::EVENTS_SIZE, host_ends.pm.clone()),
             (pm::CONTROL_PORT, pm::CONTROL_SIZE, Arc::new(PmControl::new(power.clone()))),
-            (reset::PORT, 1, Arc::new(ResetControl::new(power.clone()))),
             (i8042::PORT, 1, Arc::new(I8042::new(power.clone()))),
         ];
+        insert(&pio, "pio/cf8", host::PORT, host::PORTS, ports)?;
+        insert(&mmio, "ecam", layout::ECAM.start, layout::ECAM.end - layout::ECAM.start, ecam)?;
+        let mut saved = insert_ports(&pio, devices)?;
+        saved.push((format!("pio/{:x}", reset::PORT), reset));
+        saved.extend(pci);
 
-        let (pio, mmio) = (Bus::new(), Bus::new());
-        let mut named = Vec::new();
-        for (port, ports, device) in devices {
-            let address = format!("pio/{port:x}");
-            pio.insert(port, ports, device.clone())
-                .map_err(|source| Error::Bus { address: address.clone(), source })?;
-            named.push((address, device));
-        }
         let exits = Arc::new(Exits::default());
-        let wiring = Wiring {
-            pio: Arc::new(pio),
-            mmio: Arc::new(mmio),
-            events: host.events.clone(),
-            exits: exits.clone(),
-        };
+        let wiring = Wiring { pio, mmio, events: host.events.clone(), exits: exits.clone() };
         let vcpus =
             (0..).zip(fds).map(|(index, fd)| Vcpu::start(index, fd, vm.clone(), wiring.clone()));
         let vcpus = Arc::new(Vcpus::new(vcpus.collect::<Result<_, _>>()?));
         Ok(Self {
             vcpus,
-            devices: named,
+            devices: saved,
+            slots,
             vm,
             config: config.clone(),
             tsc_khz,
@@ -151,6 +164,33 @@ impl Machine {
             power,
         })
     }
+}
+
+/// Lets each device answer at its ports; gives them by their names in a saved state.
+fn insert_ports(pio: &Bus, devices: Vec<(u64, u64, Arc<dyn Device>)>) -> Result<Parts, Error> {
+    let mut saved = Parts::new();
+    for (port, ports, device) in devices {
+        let name = format!("pio/{port:x}");
+        insert(pio, &name, port, ports, device.clone())?;
+        saved.push((name, device));
+    }
+    Ok(saved)
+}
+
+/// Lets `device`, called `name`, answer on `bus`.
+fn insert(
+    bus: &Bus,
+    name: &str,
+    base: u64,
+    size: u64,
+    device: Arc<dyn BusDevice>,
+) -> Result<(), Error> {
+    bus.insert(base, size, device).map_err(|source| Error::Bus { address: name.to_owned(), source })
+}
+
+/// Where 64-bit base address registers can be.
+fn memory_64(vm: &Vm, config: &MachineConfig) -> Result<Option<Range<u64>>, kvm::Error> {
+    Ok(layout::pci_memory_64(config.memory, cpuid::address_bits(vm.kvm())?))
 }
 
 /// vCPUs as a PC's firmware would leave them.

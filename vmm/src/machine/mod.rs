@@ -2,6 +2,7 @@
 
 mod alarm;
 mod assemble;
+mod pci;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,6 +13,7 @@ use devices::bus::BusDevice;
 use devices::legacy::pm::PmEvents;
 use devices::legacy::rtc::Rtc;
 use devices::legacy::serial::Serial;
+use devices::shpc::Slots;
 use migration::state::{Migratable, StateError, StateReader, StateWriter};
 
 pub(crate) use alarm::Alarm;
@@ -30,8 +32,9 @@ use crate::vcpu::{self, Exits, Vcpus};
 pub(crate) struct Machine {
     // Dropped first: the vCPUs' threads use all the others.
     vcpus: Arc<Vcpus>,
-    /// By address in the machine, such as `pio/3f8`, in the order in which they are saved.
-    devices: Vec<(String, Arc<dyn Device>)>,
+    devices: Parts,
+    /// Where devices come and go; none without the bridge.
+    slots: Option<Arc<Slots>>,
     vm: Arc<Vm>,
     config: MachineConfig,
     /// The frequency that the vCPUs' time-stamp counters started with.
@@ -53,9 +56,17 @@ pub(crate) struct HostEnds {
     pub(crate) pm: Arc<PmEvents>,
 }
 
+/// What moves with the guest.
+trait Saves: Migratable + Send + Sync {}
+impl<T: Migratable + Send + Sync> Saves for T {}
+
+/// What moves with the guest besides vCPUs and KVM's devices, by address in the machine, such as
+/// `pio/3f8`, in the order in which it is saved.
+type Parts = Vec<(String, Arc<dyn Saves>)>;
+
 /// What is on a machine's buses.
-trait Device: BusDevice + Migratable {}
-impl<T: BusDevice + Migratable> Device for T {}
+trait Device: BusDevice + Saves {}
+impl<T: BusDevice + Saves> Device for T {}
 
 impl Machine {
     pub(crate) fn config(&self) -> &MachineConfig {
@@ -77,6 +88,12 @@ impl Machine {
     /// What is turned to the host.
     pub(crate) fn host_ends(&self) -> &HostEnds {
         &self.host_ends
+    }
+
+    /// Where devices come and go; none if the machine was given no slots.
+    #[expect(dead_code, reason = "for devices that come and go at run time")]
+    pub(crate) fn slots(&self) -> Option<&Arc<Slots>> {
+        self.slots.as_ref()
     }
 
     /// Where the guest's wish to be switched off goes.

@@ -1,17 +1,20 @@
 //! The ACPI tables (ACPI 6.5): processors, interrupt controllers, the fixed hardware, the devices.
 
+use std::ops::Range;
+
 use acpi_tables::Aml;
 use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate};
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use devices::legacy::{pm, reset, rtc, serial};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::layout;
+use super::{layout, pci_aml};
 use crate::memory::Ram;
 
 const OEM: [u8; 6] = *b"UVMM  ";
@@ -30,15 +33,25 @@ const BUS_DEFAULT: u16 = 0;
 const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
 
 /// Writes the tables for `cpus` processors into `ram` and returns the address of their root.
-pub(crate) fn write(ram: &Ram, cpus: u8) -> Result<u64, vm_memory::GuestMemoryError> {
+///
+/// `memory_64` is where PCI functions can be above RAM, if anywhere.
+pub(crate) fn write(
+    ram: &Ram,
+    cpus: u8,
+    memory_64: Option<&Range<u64>>,
+) -> Result<u64, vm_memory::GuestMemoryError> {
     let mut area = Area { ram, root: layout::ACPI_TABLES, next: layout::ACPI_TABLES + 64 };
     let facs = area.put(&FACS::new())?;
-    let dsdt = area.put_bytes(dsdt(cpus).as_slice())?;
+    let dsdt = area.put_bytes(dsdt(cpus, memory_64).as_slice())?;
     let fadt = area.put(&fadt(facs, dsdt))?;
     let madt = area.put_bytes(madt(cpus).as_slice())?;
+    let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
+    mcfg.add_ecam(layout::ECAM.start, 0, 0, layout::PCI_BUSES - 1);
+    let mcfg = area.put(&mcfg)?;
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    xsdt.add_entry(mcfg);
     let xsdt = area.put(&xsdt)?;
     ram.write_slice(&bytes(&Rsdp::new(OEM, xsdt)), GuestAddress(area.root))?;
     Ok(area.root)
@@ -61,7 +74,7 @@ impl Area<'_> {
         self.ram.write_slice(table, GuestAddress(at))?;
         // The FACS asks for 64 bytes (5.2.10), the others for less.
         self.next = (at + table.len() as u64).next_multiple_of(64);
-        assert!(self.next <= layout::ACPI_TABLES_END, "eight processors' tables take 2 KiB");
+        assert!(self.next <= layout::ACPI_TABLES_END, "eight processors' tables take 5 KiB");
         Ok(at)
     }
 }
@@ -77,7 +90,7 @@ fn io_port(port: u64) -> u16 {
 }
 
 /// What there is beside the fixed hardware, in AML.
-fn dsdt(cpus: u8) -> Sdt {
+fn dsdt(cpus: u8, memory_64: Option<&Range<u64>>) -> Sdt {
     let mut aml = Vec::new();
     Name::new(Path::new("_S5_"), &Package::new(vec![&pm::S5, &0u8, &0u8, &0u8]))
         .to_aml_bytes(&mut aml);
@@ -104,6 +117,7 @@ fn dsdt(cpus: u8) -> Sdt {
     };
     device("_SB_.COM1", "PNP0501", serial::PORT, serial::SIZE, serial::IRQ);
     device("_SB_.RTC_", "PNP0B00", rtc::PORT, rtc::SIZE, rtc::IRQ);
+    aml.extend(pci_aml::host_bridge(memory_64));
 
     let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, 6, OEM, OEM_TABLE, OEM_REVISION);
     table.append_slice(&aml);
@@ -177,7 +191,7 @@ mod tests {
     #[test]
     fn an_os_finds_every_table_from_the_root_and_its_checksum_is_right() {
         let ram = Ram::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
-        let root = write(&ram, 8).unwrap();
+        let root = write(&ram, 8, Some(&(16 << 30..32 << 30))).unwrap();
         let read = |at, len| {
             let mut bytes = vec![0; len];
             ram.read_slice(&mut bytes, GuestAddress(at)).unwrap();
@@ -196,6 +210,8 @@ mod tests {
         let found: Vec<_> = xsdt[36..].chunks(8).map(|entry| table(address(entry))).collect();
         assert_eq!(&found[0][..4], b"FACP");
         assert_eq!(&found[1][..4], b"APIC");
+        assert_eq!(&found[2][..4], b"MCFG");
+        assert_eq!(found[2][44..56], [0, 0, 0, 0xe0, 0, 0, 0, 0, 0, 0, 0, 15]);
         assert_eq!(&table(address(&found[0][140..148]))[..4], b"DSDT");
         let processors = found[1][44..].chunks(8).take_while(|entry| entry[0] == 0).count();
         assert_eq!(processors, 8);

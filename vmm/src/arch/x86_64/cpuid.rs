@@ -23,6 +23,15 @@ const TOPOEXT: u32 = 1 << 22;
 const KVM_FEATURES: u32 = 0x4000_0001;
 const ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
+/// How many bits a physical address has on the vCPUs of this host.
+pub(crate) fn address_bits(kvm: &Kvm) -> Result<u8, Error> {
+    /// What a processor without that leaf has (AMD APM 3, E.4.8).
+    const LEAST: u8 = 36;
+    let cpuid = host(kvm)?;
+    let leaf = cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
+    Ok(leaf.map_or(LEAST, |entry| entry.eax.to_le_bytes()[0]))
+}
+
 /// What this host's KVM can show any guest of ours, the same for all its vCPUs.
 ///
 /// Nested virtualisation is hidden: a guest that runs guests has state that is not saved. So are

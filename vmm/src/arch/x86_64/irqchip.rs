@@ -1,13 +1,39 @@
 //! The PC's interrupt controllers and timer inside KVM: two PICs, the I/O APIC, the PIT.
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip,
+    kvm_irqchip, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use migration::state::Saved;
 use serde::{Deserialize, Serialize};
 
 use crate::kvm::{Error, exact};
+
+/// How many pins the I/O APIC has: as many global system interrupts are wired to something.
+pub(crate) const PINS: u32 = 24;
+/// How many of them reach a PIC as well, eight each.
+const PIC_PINS: u32 = 16;
+
+/// How the pins are wired when KVM makes the controllers: each to the I/O APIC's pin of its number,
+/// and the first sixteen to the PICs.
+pub(crate) fn routes() -> Vec<kvm_irq_routing_entry> {
+    let entry = |gsi, irqchip, pin| kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            irqchip: kvm_irq_routing_irqchip { irqchip, pin },
+        },
+        ..Default::default()
+    };
+    let pic = |gsi| match gsi {
+        0..8 => entry(gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
+        _ => entry(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8),
+    };
+    let pics = (0..PIC_PINS).map(pic);
+    pics.chain((0..PINS).map(|gsi| entry(gsi, KVM_IRQCHIP_IOAPIC, gsi))).collect()
+}
 
 /// The saved form: the kernel's own structures.
 #[derive(Serialize, Deserialize)]

@@ -3,8 +3,9 @@
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::Cap;
 use migration::compat::{Profile, Rule};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{cpuid, vcpu};
+use super::{cpuid, layout, vcpu};
 use crate::kvm::{Error, Vm};
 
 /// The registers of CPUID that are sets of features: leaf, index, and which of EAX, EBX, ECX, EDX.
@@ -37,7 +38,8 @@ pub(crate) fn of_machine(
         .with("cpu/architecture", Rule::Eq, "x86-64")
         .with("cpu/vendor", Rule::Eq, vendor(&cpuid))
         .with("cpu/xsave-bytes", Rule::Eq, vcpu::xsave_bytes(vm.kvm()) as u64)
-        .with(TSC_KHZ, Rule::Eq, tsc_khz);
+        .with(TSC_KHZ, Rule::Eq, tsc_khz)
+        .with("pci/memory-64", Rule::Eq, pci_memory(vm)?);
     for (function, index, registers) in FEATURES {
         let leaf = leaf(&cpuid, function, index);
         let values = [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx];
@@ -46,6 +48,13 @@ pub(crate) fn of_machine(
         profile = profile.with(format!("cpu/cpuid-{function:x}.{index}"), Rule::Subset, bits);
     }
     Ok(profile)
+}
+
+/// Where 64-bit base address registers can be, which depends on the host's processors.
+fn pci_memory(vm: &Vm) -> Result<String, Error> {
+    let bytes = vm.ram().iter().map(GuestMemoryRegion::len).sum();
+    let window = layout::pci_memory_64(bytes, cpuid::address_bits(vm.kvm())?);
+    Ok(window.map_or("none".to_owned(), |range| format!("{:#x}..{:#x}", range.start, range.end)))
 }
 
 /// The path of the TSC's frequency in a profile.
