@@ -6,8 +6,10 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::net::TcpListener;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -30,6 +32,8 @@ pub const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 quiet";
 pub struct Uvmm {
     binary: PathBuf,
     dir: TempDir,
+    /// VMs started so far.
+    started: AtomicUsize,
 }
 
 /// A running `uvmm run`. Dropped, it is killed.
@@ -51,7 +55,7 @@ impl Uvmm {
     pub fn new() -> Result<Self> {
         let binary = variable("UVMM")?.into();
         let dir = tempfile::tempdir().context(|| "cannot create a temporary directory".into())?;
-        Ok(Self { binary, dir })
+        Ok(Self { binary, dir, started: AtomicUsize::new(0) })
     }
 
     /// A directory for files of a test.
@@ -68,7 +72,26 @@ impl Uvmm {
 
     /// `uvmm` with `arguments`, ready to be started.
     pub fn command(&self, arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Command {
-        let mut command = Command::new(&self.binary);
+        self.ready(Command::new(&self.binary), arguments)
+    }
+
+    /// `uvmm` as [`Uvmm::command`], kept on one processor, every VM on the next.
+    ///
+    /// Emulated processors now and then leave their own registers in a guest, which then dies of
+    /// the lab and not of uvmm. It was not seen where no vCPU moves between them.
+    fn command_on_one_processor(&self) -> Command {
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        let processor = self.started.fetch_add(1, Ordering::Relaxed) % processors;
+        let mut command = Command::new("taskset");
+        command.args(["--cpu-list", &processor.to_string()]).arg(&self.binary);
+        self.ready(command, [OsString::from("run")])
+    }
+
+    fn ready(
+        &self,
+        mut command: Command,
+        arguments: impl IntoIterator<Item = impl Into<OsString>>,
+    ) -> Command {
         command.args(arguments.into_iter().map(Into::into)).stdin(Stdio::null());
         command.env("UVMM_RUNTIME_DIR", self.runtime_dir());
         command
@@ -104,8 +127,12 @@ impl Uvmm {
         let socket = self.dir.path().join(format!("{name}.serial"));
         let errors = self.dir.path().join(format!("{name}.stderr"));
         let stderr = fs::File::create(&errors).context(|| writing(&errors))?;
-        let mut command = self.command(["run", "--name", name]);
-        command.args(arguments).arg("--serial").arg(format!("socket={}", socket.display()));
+        let mut command = self.command_on_one_processor();
+        command
+            .args(["--name", name])
+            .args(arguments)
+            .arg("--serial")
+            .arg(format!("socket={}", socket.display()));
         let mut process = command
             .stdout(Stdio::null())
             .stderr(stderr)
