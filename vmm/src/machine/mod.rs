@@ -2,6 +2,7 @@
 
 mod alarm;
 mod assemble;
+mod assigned;
 mod pci;
 
 use std::collections::BTreeMap;
@@ -20,6 +21,8 @@ pub(crate) use alarm::Alarm;
 pub(crate) use assemble::Error;
 pub(crate) use assemble::HostSide;
 
+pub(crate) use assigned::Assigned;
+
 use crate::arch::irqchip::{self, IrqchipV1};
 use crate::arch::vcpu::{ClockV1, VcpuV1, load_clock, save_clock};
 use crate::config::MachineConfig;
@@ -34,6 +37,8 @@ pub(crate) struct Machine {
     devices: Parts,
     /// Where devices come and go; none without the bridge.
     slots: Option<Arc<Slots>>,
+    /// The host's devices that it has.
+    assigned: Assigned,
     vm: Arc<Vm>,
     config: MachineConfig,
     /// The frequency that the vCPUs' time-stamp counters started with.
@@ -93,6 +98,11 @@ impl Machine {
     #[expect(dead_code, reason = "for devices that come and go at run time")]
     pub(crate) fn slots(&self) -> Option<&Arc<Slots>> {
         self.slots.as_ref()
+    }
+
+    /// The host's devices that it has.
+    pub(crate) fn assigned(&self) -> &Assigned {
+        &self.assigned
     }
 
     /// Where the guest's wish to be switched off goes.
