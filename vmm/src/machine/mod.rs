@@ -2,6 +2,7 @@
 
 mod alarm;
 mod assemble;
+mod assigned;
 mod pci;
 
 use std::collections::BTreeMap;
@@ -27,6 +28,7 @@ use crate::config::MachineConfig;
 use crate::kvm::Vm;
 use crate::power::PowerSwitch;
 use crate::vcpu::{self, Exits, Vcpus};
+pub(crate) use assigned::Assigned;
 
 /// A machine. Its vCPUs stand until [`Machine::resume`].
 pub(crate) struct Machine {
@@ -35,6 +37,8 @@ pub(crate) struct Machine {
     devices: Parts,
     /// Where devices come and go; none without the bridge.
     slots: Option<Arc<Slots>>,
+    /// The host's devices that it has.
+    assigned: Assigned,
     vm: Arc<Vm>,
     config: MachineConfig,
     /// The frequency that the vCPUs' time-stamp counters started with.
@@ -94,6 +98,11 @@ impl Machine {
     #[expect(dead_code, reason = "for devices that come and go at run time")]
     pub(crate) fn slots(&self) -> Option<&Arc<Slots>> {
         self.slots.as_ref()
+    }
+
+    /// The host's devices that it has.
+    pub(crate) fn assigned(&self) -> &Assigned {
+        &self.assigned
     }
 
     /// Where the guest's wish to be switched off goes.
