@@ -129,7 +129,7 @@ fn a_dry_run_prints_the_plan_and_moves_nothing() {
     let (status, plan, errors) =
         uvmm.call(&["migrate", "--vm", "source", "--to", &address, "--dry-run"]).unwrap();
     assert!(status.success(), "{errors}");
-    assert!(plan.to_lowercase().contains("stop the vcpu"), "{plan}");
+    assert!(plan.to_lowercase().contains("stop 2 vcpus"), "{plan}");
     assert!(vm.runs() && incoming.runs());
     pages_checked(&mut vm);
 }
