@@ -13,3 +13,4 @@ pub mod irq;
 pub mod legacy;
 pub mod pci;
 pub mod shpc;
+pub mod vfio;

@@ -10,8 +10,18 @@ use crate::kernel::Kernel;
 use crate::{cache, install, program};
 
 /// What the lab host needs, much of it before it sees the root of this machine.
-const HOST_MODULES: [&str; 8] =
-    ["9pnet_virtio", "9p", "overlay", "virtio_console", "igb", "vfio_pci", "kvm_amd", "kvm_intel"];
+const HOST_MODULES: [&str; 9] = [
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "virtio_console",
+    "igb",
+    "vfio_pci",
+    // Not one that vfio_pci needs, but one that modprobe loads after it.
+    "vfio_iommu_type1",
+    "kvm_amd",
+    "kvm_intel",
+];
 /// Drivers that a guest may be asked to load, in `/modules`.
 const GUEST_MODULES: [&str; 7] =
     ["button", "evdev", "igbvf", "virtio_pci", "virtio_net", "virtio_blk", "virtio_console"];

@@ -134,6 +134,11 @@ pub enum ConfigError {
     /// Devices that cannot be in one machine.
     #[error(transparent)]
     Devices(#[from] TogetherError),
+    /// Devices for a guest that comes from elsewhere.
+    #[error(
+        "--device and --incoming do not go together: plug the device in when the guest is here"
+    )]
+    ArrivesWithDevices,
     /// Something that only a kernel can use.
     #[error("{0} needs --kernel: the built-in guest takes none")]
     NeedsKernel(&'static str),
@@ -185,6 +190,9 @@ impl RunConfig {
             return Err(ConfigError::NeedsKernel("--initrd"));
         }
         device::check_together(&self.devices)?;
+        if self.incoming.is_some() && !self.devices.is_empty() {
+            return Err(ConfigError::ArrivesWithDevices);
+        }
         Ok(())
     }
 }
@@ -243,6 +251,8 @@ mod tests {
         assert!(matches!(config.check(), Err(ConfigError::Devices(_))));
         config.devices.pop();
         config.check().unwrap();
+        config.incoming = Some("tcp:127.0.0.1:0".parse().unwrap());
+        assert!(matches!(config.check(), Err(ConfigError::ArrivesWithDevices)));
     }
 
     #[test]

@@ -3,14 +3,12 @@
 pub(crate) mod exact;
 mod irq;
 mod routes;
-#[cfg_attr(not(test), expect(dead_code, reason = "for functions on the PCI bus"))]
 mod slots;
 pub(crate) mod tsc;
 mod vm;
 
 pub(crate) use irq::IrqLine;
 pub(crate) use routes::Routes;
-#[expect(unused_imports, reason = "for functions on the PCI bus")]
 pub(crate) use slots::Slots;
 pub(crate) use vm::Vm;
 

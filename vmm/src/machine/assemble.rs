@@ -14,11 +14,12 @@ use devices::pci::host;
 use devices::pci::topology::PlaceError;
 use kvm_ioctls::VcpuFd;
 
+use super::assigned::{self, Assigned};
 use super::pci::{Around, Pci};
 use super::{Alarm, Device, HostEnds, Machine, Parts};
 use crate::arch::{acpi, cpuid, layout, mptable, msr, regs};
 use crate::boot;
-use crate::config::{Boot, HugePages, MachineConfig};
+use crate::config::{Boot, DeviceConfig, HugePages, MachineConfig};
 use crate::console::{Output, Room};
 use crate::event::Events;
 use crate::kvm::{self, IrqLine, Routes, Vm};
@@ -30,6 +31,8 @@ use crate::vcpu::{self, Exits, Vcpu, Vcpus, Wiring};
 #[derive(Clone, Debug)]
 pub(crate) struct HostSide {
     pub(crate) hugepages: Option<HugePages>,
+    /// The host's devices that the guest is given.
+    pub(crate) devices: Vec<DeviceConfig>,
     /// Where COM1 writes to.
     pub(crate) output: Output,
     /// What COM1 rings when it can take more input.
@@ -63,6 +66,9 @@ pub(crate) enum Error {
     /// Two PCI functions claim the same place.
     #[error("cannot wire the PCI buses")]
     Pci(#[from] PlaceError),
+    /// A device of the host cannot be given to the guest.
+    #[error(transparent)]
+    Assigned(#[from] assigned::Error),
     /// Two devices claim the same addresses.
     #[error("cannot place {address}")]
     Bus {
@@ -123,15 +129,18 @@ impl Machine {
         };
         let reset = Arc::new(ResetControl::new(power.clone()));
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let messages = Arc::new(Routes::new(vm.clone()));
         let around = Around {
             pio: &pio,
             mmio: &mmio,
             lines: layout::PCI_GSIS.map(|gsi| line(gsi) as Arc<dyn Line>).collect(),
-            messages: Arc::new(Routes::new(vm.clone())),
+            messages: messages.clone(),
             memory_64: memory_64(&vm, config)?,
             reset: reset.clone(),
         };
         let Pci { ports, ecam, slots, saved: pci } = Pci::new(config.pci_slots, around)?;
+        let mut assigned = Assigned::new(&vm, messages);
+        assigned.insert_cold(&host.devices, slots.as_deref())?;
         // Where each device is, which is also its name in a saved state.
         let devices: Vec<(u64, u64, Arc<dyn Device>)> = vec![
             (serial::PORT, serial::SIZE, host_ends.com1.clone()),
@@ -148,13 +157,11 @@ impl Machine {
 
         let exits = Arc::new(Exits::default());
         let wiring = Wiring { pio, mmio, events: host.events.clone(), exits: exits.clone() };
-        let vcpus =
-            (0..).zip(fds).map(|(index, fd)| Vcpu::start(index, fd, vm.clone(), wiring.clone()));
-        let vcpus = Arc::new(Vcpus::new(vcpus.collect::<Result<_, _>>()?));
         Ok(Self {
-            vcpus,
+            vcpus: start_vcpus(&vm, fds, &wiring)?,
             devices: saved,
             slots,
+            assigned,
             vm,
             config: config.clone(),
             tsc_khz,
@@ -164,6 +171,13 @@ impl Machine {
             power,
         })
     }
+}
+
+/// Starts a thread for each vCPU; they wait.
+fn start_vcpus(vm: &Arc<Vm>, fds: Vec<VcpuFd>, wiring: &Wiring) -> Result<Arc<Vcpus>, Error> {
+    let start = |(index, fd)| Vcpu::start(index, fd, vm.clone(), wiring.clone());
+    let vcpus = (0..).zip(fds).map(start).collect::<Result<_, _>>()?;
+    Ok(Arc::new(Vcpus::new(vcpus)))
 }
 
 /// Lets each device answer at its ports; gives them by their names in a saved state.

@@ -2,6 +2,7 @@
 
 mod alarm;
 mod assemble;
+mod assigned;
 mod pci;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use devices::shpc::Slots;
 use migration::state::{Migratable, StateError, StateReader, StateWriter};
 
 pub(crate) use alarm::Alarm;
+pub(crate) use assigned::Assigned;
 pub(crate) use assemble::Error;
 pub(crate) use assemble::HostSide;
 
@@ -35,6 +37,8 @@ pub(crate) struct Machine {
     devices: Parts,
     /// Where devices come and go; none without the bridge.
     slots: Option<Arc<Slots>>,
+    /// The host's devices that it has.
+    assigned: Assigned,
     vm: Arc<Vm>,
     config: MachineConfig,
     /// The frequency that the vCPUs' time-stamp counters started with.
@@ -94,6 +98,11 @@ impl Machine {
     #[expect(dead_code, reason = "for devices that come and go at run time")]
     pub(crate) fn slots(&self) -> Option<&Arc<Slots>> {
         self.slots.as_ref()
+    }
+
+    /// The host's devices that it has.
+    pub(crate) fn assigned(&self) -> &Assigned {
+        &self.assigned
     }
 
     /// Where the guest's wish to be switched off goes.

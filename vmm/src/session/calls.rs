@@ -98,7 +98,14 @@ impl Session {
     }
 
     fn migrate(&mut self, request: MigrateRequest, reply: Replier) {
-        if let Err(error) = self.machine("migrate") {
+        let fit =
+            self.machine("migrate").and_then(|machine| match machine.assigned().ids().next() {
+                None => Ok(()),
+                Some(id) => {
+                    Err(format!("the guest has {id}, a device of this host: unplug it first"))
+                }
+            });
+        if let Err(error) = fit {
             return reply.finish::<()>(Err(error));
         }
         let Tenant::Here(machine) = mem::replace(&mut self.tenant, Tenant::Between) else {

@@ -52,6 +52,7 @@ pub(crate) fn run(config: RunConfig) -> Result<Ending, Error> {
     let console = Console::open(&config.serial)?;
     let host = HostSide {
         hugepages: config.hugepages,
+        devices: config.devices.clone(),
         output: console.output(),
         room: console.room(),
         alarm: Alarm::new().map_err(Error::Events)?,

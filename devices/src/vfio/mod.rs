@@ -1,0 +1,23 @@
+//! Devices of the host that the guest is given, by the kernel's VFIO.
+//!
+//! The guest reaches the device's memory and the device the guest's, and interrupts arrive, without
+//! this process; what it does see is configuration space, in which it keeps back what is not the
+//! guest's to know (`patch`), and the table of interrupts.
+
+mod attention;
+mod container;
+mod error;
+mod function;
+mod hardware;
+mod host;
+mod interrupts;
+mod patch;
+mod regions;
+
+pub use attention::Owner;
+pub use container::Container;
+pub use error::Error;
+pub use function::{Machine, VfioFunction};
+pub use host::{HostDevice, Neighbour};
+/// KVM's own knowledge of the guest's devices, as [`Container::new`] takes it.
+pub use vfio_ioctls::VfioDeviceFd;

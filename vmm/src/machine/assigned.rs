@@ -1,0 +1,116 @@
+//! The host's devices that a guest has.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use devices::shpc::{SlotError, Slots};
+use devices::vfio::{self, Container, Owner, VfioDeviceFd, VfioFunction};
+use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
+
+use crate::config::{DeviceConfig, DeviceId};
+use crate::kvm::{self, Routes, Vm};
+
+/// Why a guest is not given a device.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The host does not give it.
+    #[error("cannot give the guest the device {id}")]
+    Open {
+        /// The device.
+        id: DeviceId,
+        /// Why not.
+        #[source]
+        source: vfio::Error,
+    },
+    /// It does not fit into the machine.
+    #[error("cannot put the device {id} into its slot")]
+    Slot {
+        /// The device.
+        id: DeviceId,
+        /// Why not.
+        #[source]
+        source: SlotError,
+    },
+    /// There is nowhere to put it.
+    #[error("there is no slot for the device {0}: ask for more by --pci-slots")]
+    NoSlot(DeviceId),
+}
+
+/// The host's devices that a guest has, and what it takes to give it more.
+pub(crate) struct Assigned {
+    /// By id: the slot and the function in it.
+    devices: BTreeMap<DeviceId, (u8, Arc<VfioFunction>)>,
+    container: Container,
+    messages: Arc<Routes>,
+    direct: Arc<kvm::Slots>,
+}
+
+impl Assigned {
+    /// None yet, for a machine of `vm`.
+    pub(super) fn new(vm: &Arc<Vm>, messages: Arc<Routes>) -> Self {
+        let container = Container::new(vm.ram().clone(), tracker(vm));
+        let direct = Arc::new(kvm::Slots::new(vm.clone()));
+        Self { devices: BTreeMap::new(), container, messages, direct }
+    }
+
+    /// The ids of those that it has.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = &DeviceId> {
+        self.devices.keys()
+    }
+
+    /// Opens a device for this guest; it is in no slot yet.
+    pub(crate) fn open(&self, device: &DeviceConfig) -> Result<Arc<VfioFunction>, Error> {
+        let machine = vfio::Machine {
+            messages: self.messages.clone(),
+            direct: self.direct.clone(),
+            owner: Arc::new(Complaints(device.id.clone())),
+        };
+        VfioFunction::open(&device.host.sysfs(), &self.container, machine)
+            .map_err(|source| Error::Open { id: device.id.clone(), source })
+    }
+
+    /// Puts `devices` into their slots, before the guest runs: those first that name one.
+    pub(super) fn insert_cold(
+        &mut self,
+        devices: &[DeviceConfig],
+        slots: Option<&Slots>,
+    ) -> Result<(), Error> {
+        let (placed, others): (Vec<_>, Vec<_>) =
+            devices.iter().partition(|device| device.slot.is_some());
+        for device in placed.into_iter().chain(others) {
+            let none = || Error::NoSlot(device.id.clone());
+            let slots = slots.ok_or_else(none)?;
+            let number = device.slot.or_else(|| slots.free()).ok_or_else(none)?;
+            let function = self.open(device)?;
+            slots
+                .insert_cold(number, function.clone())
+                .map_err(|source| Error::Slot { id: device.id.clone(), source })?;
+            self.devices.insert(device.id.clone(), (number, function));
+        }
+        Ok(())
+    }
+}
+
+/// KVM's own list of the guest's devices; without one, a few mediated devices do not work.
+fn tracker(vm: &Vm) -> Option<Arc<VfioDeviceFd>> {
+    let mut wanted =
+        kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, ..Default::default() };
+    vm.fd()
+        .create_device(&mut wanted)
+        .inspect_err(|error| tracing::debug!(%error, "KVM_CREATE_DEVICE: no VFIO"))
+        .ok()
+        .map(|fd| Arc::new(VfioDeviceFd::new_from_kvm(fd)))
+}
+
+/// Writes what the host has to say of a device into the log.
+struct Complaints(DeviceId);
+
+impl Owner for Complaints {
+    fn device_failed(&self) {
+        tracing::error!(device = %self.0, "the device had an error that it cannot correct");
+    }
+
+    fn device_wanted(&self) {
+        tracing::warn!(device = %self.0, "the host wants the device back: unplug it");
+    }
+}
