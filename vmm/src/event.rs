@@ -34,6 +34,8 @@ pub(crate) enum Event {
     Departed(Box<Departure>),
     /// A guest arrived, or did not.
     Arrived(Box<Arrival>),
+    /// The plugging or unplugging with this serial number is over.
+    Plugged(u64),
 }
 
 /// Where events are sent to, from any thread.

@@ -11,6 +11,7 @@ mod dirty;
 pub mod doctor;
 mod event;
 mod guest;
+mod hotplug;
 mod kvm;
 pub mod log;
 mod machine;

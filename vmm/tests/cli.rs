@@ -12,7 +12,7 @@ use event_manager::{EventManager, SubscriberOps};
 use serde_json::{Value, json};
 use vmm::control::{
     Call, DryRun, Info, MigrationReport, MigrationStatus, PlannedStep, Progress, Replier, Request,
-    RuntimeDir, Server, State, Undecided,
+    RuntimeDir, Server, SlotProgress, SlotStage, State, Undecided,
 };
 
 /// A directory with VMs in it, and the requests they got.
@@ -62,6 +62,7 @@ fn answer(name: &str, call: Call, waiting: &mut Vec<Replier>, stop: &AtomicBool)
             serial: "null".parse().unwrap(),
             incoming: None,
             migration: None,
+            slots: Vec::new(),
             counters: [].into(),
         })),
         Request::Migrate(migrate) if migrate.dry_run => {
@@ -94,6 +95,17 @@ fn answer(name: &str, call: Call, waiting: &mut Vec<Replier>, stop: &AtomicBool)
             to: "other:1".parse().unwrap(),
             stopped_s: 7,
         })),
+        Request::Plug { device, timeout_ms: 30_000 } => {
+            for stage in [SlotStage::Asked, SlotStage::Accepted, SlotStage::Enabled] {
+                reply.progress(&SlotProgress { slot: 3, stage });
+            }
+            assert_eq!(device.slot, Some(3));
+            reply.finish(Ok(3));
+        }
+        Request::Unplug { timeout_ms: 500, .. } => {
+            reply.progress(&SlotProgress { slot: 3, stage: SlotStage::Asked });
+            reply.finish::<u8>(Err("the guest did not answer".into()));
+        }
         _ => reply.finish(Ok(())),
     }
 }
@@ -311,4 +323,25 @@ fn every_error_is_one_line() {
     let unusable = host.command("ls").env("UVMM_RUNTIME_DIR", nowhere).output().unwrap();
     let (status, _, error) = outcome(unusable);
     assert!(status == 1 && error.contains("set UVMM_RUNTIME_DIR to another"), "{error}");
+}
+
+#[test]
+fn a_device_goes_in_with_a_line_for_every_step_or_stays_with_the_reason() {
+    let host = Host::new();
+    let _vm = host.vm("web");
+    let (status, printed, errors) =
+        host.uvmm("plug --device vfio,id=net0,host=0000:01:10.0,slot=3");
+    assert_eq!((status, printed.as_str()), (0, "net0 is in slot 3\n"), "{errors}");
+    let lines: Vec<_> = errors.lines().collect();
+    assert_eq!(
+        lines,
+        [
+            "uvmm: net0: slot 3: asked",
+            "uvmm: net0: slot 3: accepted, its power light blinks",
+            "uvmm: net0: slot 3: enabled",
+        ]
+    );
+    let (status, printed, errors) = host.uvmm("unplug net0 --timeout 500ms");
+    assert_eq!((status, printed.as_str()), (1, ""));
+    assert!(errors.ends_with("uvmm: web: the guest did not answer\n"), "{errors}");
 }

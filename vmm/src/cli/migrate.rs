@@ -14,8 +14,8 @@ use super::{Failure, Outcome, Vm, complain, duration, print};
 use crate::cause;
 use crate::config::{Address, AddressError, Size, SizeError, VmName};
 use crate::control::{
-    Client, ClientError, DryRun, MigrateRequest, MigrationReport, MigrationStatus, Request,
-    RuntimeDir,
+    Client, ClientError, DryRun, MigrateRequest, MigrationReport, MigrationStatus, Progress,
+    Request, RuntimeDir,
 };
 use crate::progress::{self, Display};
 
@@ -80,7 +80,7 @@ impl MigrateArgs {
         });
         let mut watch = Watch::begin(client.name())?;
         if self.dry_run {
-            let plan: DryRun = client.converse(&request, |_| watch.goes_on())?;
+            let plan: DryRun = client.converse(&request, |_: Option<Progress>| watch.goes_on())?;
             return print(&if self.json { format!("{}\n", json!(plan)) } else { page(&plan) });
         }
         let mut display = Display::new(&self.to);

@@ -3,6 +3,7 @@
 mod duration;
 mod file;
 mod migrate;
+mod plug;
 mod resolve;
 mod run;
 mod vms;
@@ -48,6 +49,10 @@ enum Command {
     Cancel(Vm),
     /// Show or decide a migration whose outcome is not known.
     Resolve(resolve::ResolveArgs),
+    /// Give a running guest a device, and wait until it uses it.
+    Plug(plug::PlugArgs),
+    /// Take a device from a running guest once it let go of it, and give it back to the host.
+    Unplug(plug::UnplugArgs),
     /// List the running VMs.
     Ls(vms::LsArgs),
     /// Show one VM.
@@ -112,6 +117,8 @@ fn obey(command: Command) -> Outcome {
         Command::Migrate(args) => args.migrate(),
         Command::Cancel(vm) => vm.tell(&Request::Cancel {}),
         Command::Resolve(args) => args.resolve(),
+        Command::Plug(args) => args.plug(),
+        Command::Unplug(args) => args.unplug(),
         Command::Ls(args) => args.list(),
         Command::Info(args) => args.show(),
         Command::Pause(vm) => vm.tell(&Request::Pause {}),
@@ -189,6 +196,11 @@ mod tests {
             ("uvmm migrate", "--to"),
             ("uvmm migrate --to host", "write HOST:PORT"),
             ("uvmm migrate --to h:1 --downtime-limit 3", "write a number and a unit"),
+            ("uvmm plug", "--device"),
+            ("uvmm plug --device vfio,id=n", "needs host="),
+            ("uvmm unplug", "<ID>"),
+            ("uvmm unplug a/b", "not a device's id"),
+            ("uvmm unplug net0 --timeout 3", "write a number and a unit"),
             ("uvmm resolve --run-here --discard", "cannot be used with"),
         ] {
             let text = complaint(line);

@@ -122,6 +122,9 @@ fn page(info: &Info) -> String {
         let phase = &progress.phase;
         row("migration", format!("{phase}, round {}, {sent} MiB sent", progress.round));
     }
+    for slot in &info.slots {
+        row(&format!("slot {}", slot.number), slot.to_string());
+    }
     for (name, count) in &info.counters {
         row(name, count.to_string());
     }

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use thiserror::Error;
 
-use super::message::{Info, LINE_MAX, Progress, Reply, Request, State};
+use super::message::{Info, LINE_MAX, Reply, Request, State};
 use super::{RuntimeDir, RuntimeDirError};
 use crate::config::VmName;
 
@@ -152,7 +152,7 @@ impl Client {
     pub fn ask<R: DeserializeOwned>(self, request: &Request) -> Result<R, ClientError> {
         let asked = Instant::now();
         let name = self.name.clone();
-        match self.converse(request, |_| asked.elapsed() < PATIENCE) {
+        match self.converse(request, |_: Option<IgnoredAny>| asked.elapsed() < PATIENCE) {
             Err(ClientError::Abandoned { .. }) => Err(ClientError::Silent { name }),
             outcome => outcome,
         }
@@ -164,16 +164,16 @@ impl Client {
     ///
     /// # Errors
     /// As for [`Client::ask`], and [`ClientError::Abandoned`] when `heard` returned false.
-    pub fn converse<R: DeserializeOwned>(
+    pub fn converse<P: DeserializeOwned, R: DeserializeOwned>(
         mut self,
         request: &Request,
-        mut heard: impl FnMut(Option<Progress>) -> bool,
+        mut heard: impl FnMut(Option<P>) -> bool,
     ) -> Result<R, ClientError> {
         if let Err(error) = self.send(request) {
             // A VM that hung up before it read everything may have said why.
             return Err(
                 match self.line().ok().flatten().map(|line| serde_json::from_slice(&line)) {
-                    Some(Ok(Reply::<Progress, ()>::Error(why))) => {
+                    Some(Ok(Reply::<IgnoredAny, IgnoredAny>::Error(why))) => {
                         ClientError::Refused { name: self.name, why }
                     }
                     _ => self.broken(error),

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::config::{Address, SerialMode, VmName};
+use super::slot::SlotInfo;
+use crate::config::{Address, DeviceConfig, DeviceId, SerialMode, VmName};
 
 /// The longest line either side accepts, in bytes, its newline included.
 pub const LINE_MAX: usize = 64 << 10;
@@ -38,6 +39,20 @@ pub enum Request {
         /// What to do; `None` only shows it.
         #[serde(default)]
         decision: Option<Decision>,
+    },
+    /// Give the guest a device. Answered by the number of the slot once the guest uses it.
+    Plug {
+        /// Which.
+        device: DeviceConfig,
+        /// How long the guest may take, in milliseconds.
+        timeout_ms: u64,
+    },
+    /// Take a device from the guest. Answered by the number of the slot once the host has it back.
+    Unplug {
+        /// Which.
+        id: DeviceId,
+        /// How long the guest may take, in milliseconds.
+        timeout_ms: u64,
     },
 }
 
@@ -108,6 +123,9 @@ pub struct Info {
     pub incoming: Option<Address>,
     /// The migration under way, in either direction.
     pub migration: Option<Progress>,
+    /// Its slots for devices that come and go.
+    #[serde(default)]
+    pub slots: Vec<SlotInfo>,
     /// What it counted, by name: exits, dirty pages, ….
     #[serde(default)]
     pub counters: BTreeMap<String, u64>,
@@ -289,6 +307,17 @@ mod tests {
                     bandwidth_limit: None,
                 }),
             ),
+            (
+                r#"{"command":"unplug","id":"net0","timeout_ms":9}"#,
+                Request::Unplug { id: "net0".parse().unwrap(), timeout_ms: 9 },
+            ),
+            (
+                r#"{"command":"plug","device":{"type":"vfio","id":"n","host":"01:10.0"},"timeout_ms":9}"#,
+                Request::Plug {
+                    device: "vfio,id=n,host=0000:01:10.0".parse().unwrap(),
+                    timeout_ms: 9,
+                },
+            ),
         ] {
             assert_eq!(Request::parse(line.as_bytes()).unwrap(), request, "{line}");
         }
@@ -306,6 +335,8 @@ mod tests {
             r#"{"command":"migrate","to":"h:1","downtime_limit_ms":3,"bandwith_limit":1}"#,
             r#"{"command":"migrate","to":"nowhere","downtime_limit_ms":3}"#,
             r#"{"command":"info"} {"command":"info"}"#,
+            r#"{"command":"unplug","id":"/","timeout_ms":9}"#,
+            r#"{"command":"plug","device":"vfio,id=n,host=01:10.0","timeout_ms":9}"#,
         ] {
             let error = Request::parse(line.as_bytes()).unwrap_err();
             assert!(matches!(error, RequestError::Malformed(_)), "{line}");
@@ -321,6 +352,17 @@ mod tests {
             Just(Request::Cancel {}),
             any::<bool>().prop_map(|force| Request::Stop { force }),
             Just(Request::Resolve { decision: None }),
+            any::<(u8, u64)>().prop_map(|(number, timeout_ms)| Request::Unplug {
+                id: format!("net{number}").parse().unwrap(),
+                timeout_ms,
+            }),
+            any::<(Option<bool>, u64)>().prop_map(|(slot, timeout_ms)| Request::Plug {
+                device: DeviceConfig {
+                    slot: slot.map(u8::from).map(|slot| slot + 1),
+                    .."vfio,id=n,host=01:10.0,strategy=evict".parse().unwrap()
+                },
+                timeout_ms,
+            }),
             Just(Request::Resolve { decision: Some(Decision::Discard) }),
             migrate.prop_map(|(dry_run, streams, downtime_limit_ms, bandwidth_limit)| {
                 let to = "[::1]:1".parse().unwrap();
@@ -349,7 +391,7 @@ mod tests {
 
         #[test]
         fn no_json_makes_the_parser_panic(
-            line in r#"\{"command":"(migrate|stop|resolve)","[a-z_]{1,9}":(null|-?[0-9]{1,30}|"[^"]{0,9}"|\[\[|\{\})\}"#
+            line in r#"\{"command":"(migrate|stop|resolve|plug|unplug)","[a-z_]{1,9}":(null|-?[0-9]{1,30}|"[^"]{0,9}"|\[\[|\{\})\}"#
         ) {
             let _ = Request::parse(line.as_bytes());
         }

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! client   {"command":"migrate","to":"tcp:10.0.0.2:4444", …}
-//! VM       {"progress":{…}}         any number of times, only for `migrate`
+//! VM       {"progress":{…}}         any number of times, for what takes a while
 //! VM       {"result":…}             or {"error":"…"}: exactly once, then it closes
 //! ```
 
@@ -13,6 +13,7 @@ mod message;
 mod replier;
 mod runtime_dir;
 mod server;
+mod slot;
 #[cfg(test)]
 mod tests;
 
@@ -24,3 +25,4 @@ pub use message::{
 pub use replier::Replier;
 pub use runtime_dir::{Claim, RuntimeDir, RuntimeDirError};
 pub use server::{Call, Server, ServerError};
+pub use slot::{Light, Power, SlotInfo, SlotProgress, SlotStage};

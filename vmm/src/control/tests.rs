@@ -30,6 +30,7 @@ fn info(name: &VmName, state: State) -> Info {
         serial: SerialMode::Null,
         incoming: None,
         migration: None,
+        slots: Vec::new(),
         counters: [("exits".to_owned(), 7)].into(),
     }
 }
@@ -134,7 +135,7 @@ fn a_client_that_reads_slowly_still_gets_the_end() {
     });
     let mut heard = 0;
     let report: MigrationReport = connect(&dir)
-        .converse(&request, |progress| {
+        .converse(&request, |progress: Option<Progress>| {
             if progress.is_some() && heard == 0 {
                 thread::sleep(Duration::from_millis(300));
             }
@@ -150,7 +151,8 @@ fn a_client_that_reads_slowly_still_gets_the_end() {
 fn a_caller_that_stops_waiting_is_told_that_the_vm_goes_on() {
     let (_temporary, dir) = runtime_dir();
     let _vm = FakeVm::start(&dir, State::Running);
-    let abandoned = connect(&dir).converse::<()>(&Request::Cancel {}, |_| false).unwrap_err();
+    let abandoned =
+        connect(&dir).converse::<Progress, ()>(&Request::Cancel {}, |_| false).unwrap_err();
     assert!(matches!(abandoned, ClientError::Abandoned { .. }), "{abandoned}");
 }
 

@@ -38,8 +38,13 @@ pub(crate) enum Error {
 
 /// The host's devices that a guest has, and what it takes to give it more.
 pub(crate) struct Assigned {
-    /// By id: the slot and the function in it.
-    devices: BTreeMap<DeviceId, (u8, Arc<VfioFunction>)>,
+    /// The slot of each. Only the slot holds the function: taken out, it is gone.
+    devices: BTreeMap<DeviceId, u8>,
+    opener: Arc<Opener>,
+}
+
+/// What it takes to open devices for one guest, on any thread.
+pub(crate) struct Opener {
     container: Container,
     messages: Arc<Routes>,
     direct: Arc<kvm::Slots>,
@@ -50,7 +55,8 @@ impl Assigned {
     pub(super) fn new(vm: &Arc<Vm>, messages: Arc<Routes>) -> Self {
         let container = Container::new(vm.ram().clone(), tracker(vm));
         let direct = Arc::new(kvm::Slots::new(vm.clone()));
-        Self { devices: BTreeMap::new(), container, messages, direct }
+        let opener = Arc::new(Opener { container, messages, direct });
+        Self { devices: BTreeMap::new(), opener }
     }
 
     /// The ids of those that it has.
@@ -58,15 +64,24 @@ impl Assigned {
         self.devices.keys()
     }
 
-    /// Opens a device for this guest; it is in no slot yet.
-    pub(crate) fn open(&self, device: &DeviceConfig) -> Result<Arc<VfioFunction>, Error> {
-        let machine = vfio::Machine {
-            messages: self.messages.clone(),
-            direct: self.direct.clone(),
-            owner: Arc::new(Complaints(device.id.clone())),
-        };
-        VfioFunction::open(&device.host.sysfs(), &self.container, machine)
-            .map_err(|source| Error::Open { id: device.id.clone(), source })
+    /// The slot of the device `id`.
+    pub(crate) fn slot(&self, id: &DeviceId) -> Option<u8> {
+        self.devices.get(id).copied()
+    }
+
+    /// What opens more of them.
+    pub(crate) fn opener(&self) -> &Arc<Opener> {
+        &self.opener
+    }
+
+    /// Takes note of a device that is in `slot` from now on.
+    pub(crate) fn note(&mut self, id: DeviceId, slot: u8) {
+        self.devices.insert(id, slot);
+    }
+
+    /// Forgets a device that is no longer there.
+    pub(crate) fn forget(&mut self, id: &DeviceId) {
+        self.devices.remove(id);
     }
 
     /// Puts `devices` into their slots, before the guest runs: those first that name one.
@@ -81,13 +96,26 @@ impl Assigned {
             let none = || Error::NoSlot(device.id.clone());
             let slots = slots.ok_or_else(none)?;
             let number = device.slot.or_else(|| slots.free()).ok_or_else(none)?;
-            let function = self.open(device)?;
+            let function = self.opener.open(device)?;
             slots
-                .insert_cold(number, function.clone())
+                .insert_cold(number, function)
                 .map_err(|source| Error::Slot { id: device.id.clone(), source })?;
-            self.devices.insert(device.id.clone(), (number, function));
+            self.devices.insert(device.id.clone(), number);
         }
         Ok(())
+    }
+}
+
+impl Opener {
+    /// Opens a device for this guest; it is in no slot yet.
+    pub(crate) fn open(&self, device: &DeviceConfig) -> Result<Arc<VfioFunction>, Error> {
+        let machine = vfio::Machine {
+            messages: self.messages.clone(),
+            direct: self.direct.clone(),
+            owner: Arc::new(Complaints(device.id.clone())),
+        };
+        VfioFunction::open(&device.host.sysfs(), &self.container, machine)
+            .map_err(|source| Error::Open { id: device.id.clone(), source })
     }
 }
 

@@ -20,6 +20,7 @@ use migration::state::{Migratable, StateError, StateReader, StateWriter};
 pub(crate) use alarm::Alarm;
 pub(crate) use assemble::Error;
 pub(crate) use assemble::HostSide;
+pub(crate) use assigned::Assigned;
 
 use crate::arch::clock::{self, ClockV1};
 use crate::arch::irqchip::{self, IrqchipV1};
@@ -95,7 +96,6 @@ impl Machine {
     }
 
     /// Where devices come and go; none if the machine was given no slots.
-    #[expect(dead_code, reason = "for devices that come and go at run time")]
     pub(crate) fn slots(&self) -> Option<&Arc<Slots>> {
         self.slots.as_ref()
     }
@@ -103,6 +103,11 @@ impl Machine {
     /// The host's devices that it has.
     pub(crate) fn assigned(&self) -> &Assigned {
         &self.assigned
+    }
+
+    /// The same, to take note of those that come and go.
+    pub(crate) fn assigned_mut(&mut self) -> &mut Assigned {
+        &mut self.assigned
     }
 
     /// Where the guest's wish to be switched off goes.

@@ -33,6 +33,8 @@ impl Session {
             Request::Migrate(request) => self.migrate(request, reply),
             Request::Cancel {} => reply.finish(self.cancel()),
             Request::Resolve { decision } => return self.resolve(decision, reply),
+            Request::Plug { device, timeout_ms } => self.plug(device, timeout_ms, reply),
+            Request::Unplug { id, timeout_ms } => self.unplug(&id, timeout_ms, reply),
         }
         Next::Stay
     }
@@ -59,22 +61,25 @@ impl Session {
             serial: self.config.serial.clone(),
             incoming: incoming.cloned(),
             migration: underway.map(|underway| underway.progress()),
+            slots: self.slots(),
             counters: machine.map(|machine| machine.counters()).unwrap_or_default(),
         }
     }
 
     /// The machine, if it is here to do `what` with.
-    fn machine(&mut self, what: &str) -> Result<&mut Machine, String> {
+    pub(super) fn machine(&mut self, what: &str) -> Result<&mut Machine, String> {
         match &mut self.tenant {
             Tenant::Here(machine) => Ok(machine),
             Tenant::Leaving { .. } => {
                 Err(format!("cannot {what} a guest that is being migrated: cancel that first"))
             }
-            Tenant::Arriving { .. } => Err(format!("cannot {what}: no guest has arrived yet")),
+            Tenant::Arriving { .. } => {
+                Err(format!("there is no guest to {what}: none has arrived yet"))
+            }
             Tenant::Undecided { .. } => {
                 Err(format!("cannot {what} a guest that may run elsewhere: see 'uvmm resolve'"))
             }
-            Tenant::Between => Err(format!("cannot {what}: there is no guest")),
+            Tenant::Between => Err(format!("there is no guest to {what}")),
         }
     }
 
@@ -98,13 +103,15 @@ impl Session {
     }
 
     fn migrate(&mut self, request: MigrateRequest, reply: Replier) {
-        let fit =
-            self.machine("migrate").and_then(|machine| match machine.assigned().ids().next() {
+        let fit = self.nothing_is_plugged().and_then(|()| {
+            let machine = self.machine("migrate")?;
+            match machine.assigned().ids().next() {
                 None => Ok(()),
                 Some(id) => {
                     Err(format!("the guest has {id}, a device of this host: unplug it first"))
                 }
-            });
+            }
+        });
         if let Err(error) = fit {
             return reply.finish::<()>(Err(error));
         }

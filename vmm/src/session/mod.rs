@@ -3,6 +3,7 @@
 mod alarm;
 mod calls;
 mod error;
+mod hotplug;
 mod seat;
 
 use std::mem;
@@ -20,6 +21,7 @@ use crate::console::Console;
 use crate::control::{Claim, RuntimeDir, Server, Undecided};
 use crate::event::{self, Event, Wake};
 use crate::guest::{Builder, Leaving};
+use crate::hotplug::Underway as Plugging;
 use crate::machine::{Alarm, HostSide, Machine};
 use crate::migrate::{self, Arrival, Departure, Outcome, Underway};
 use crate::signals::Signals;
@@ -116,6 +118,10 @@ struct Session {
     boot: Option<Boot>,
     /// Still tells the source of a guest that arrived that it runs here.
     answering: Option<Answering>,
+    /// Devices on their way into the machine that is here, or out of it.
+    plugging: Vec<Plugging>,
+    /// How many there have been.
+    orders: u64,
 }
 
 /// Where the guest is.
@@ -156,6 +162,8 @@ impl Session {
             started: Instant::now(),
             tenant: Tenant::Between,
             answering: None,
+            plugging: Vec::new(),
+            orders: 0,
         };
         match session.config.incoming.clone() {
             None => session.boot()?,
@@ -166,6 +174,7 @@ impl Session {
 
     /// Starts the guest afresh.
     fn boot(&mut self) -> Result<(), Error> {
+        self.stop_plugging();
         // The old machine's RAM is given back before the new one's is taken.
         self.tenant = Tenant::Between;
         let boot = self.boot.as_ref().ok_or(Error::NothingToBoot)?;
@@ -200,6 +209,7 @@ impl Session {
             Event::Quit => self.next_unless_leaving(Next::End(Ending::Quit)),
             Event::Departed(departure) => self.departed(*departure),
             Event::Arrived(arrival) => self.arrived(*arrival)?,
+            Event::Plugged(serial) => self.plugged(serial),
         };
         match next {
             Next::Stay => Ok(None),
@@ -263,6 +273,7 @@ impl Session {
 
     /// Ends the stay.
     fn end(mut self, ending: Ending) -> Ending {
+        self.stop_plugging();
         self.seat.leave();
         self.tenant = Tenant::Between;
         self.wait_for_source();

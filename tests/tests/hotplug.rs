@@ -1,0 +1,184 @@
+//! Virtual functions come and go while a stock Linux runs, by the button of their slot.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+use std::fs;
+use std::process::ExitStatus;
+
+use serde_json::Value;
+use tests::inside_lab;
+use tests::vm::{CMDLINE, Uvmm, Vm, variable};
+
+fn text(name: &str) -> String {
+    variable(name).unwrap().into_string().unwrap()
+}
+
+/// Boots a guest with empty slots.
+fn boot(uvmm: &Uvmm, more: &str, arguments: &[&str]) -> Vm {
+    let mut all = vec!["--kernel".into(), variable("GUEST_KERNEL").unwrap()];
+    all.extend(["--initrd".into(), variable("GUEST_INITRD").unwrap()]);
+    all.extend(["--cmdline".into(), format!("{CMDLINE} {more}").into()]);
+    all.extend(["--memory", "256M"].iter().chain(arguments).map(Into::into));
+    let mut vm = uvmm.run("guest", all).unwrap();
+    vm.booted().unwrap();
+    says(&mut vm, "insmod /modules/igbvf.ko");
+    vm
+}
+
+/// What the guest's shell prints, on one line; it must succeed.
+fn says(vm: &mut Vm, line: &str) -> String {
+    let (printed, status) = vm.shell(line).unwrap();
+    assert_eq!(status, 0, "{line}: {printed}");
+    printed.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Waits in the guest until `condition` holds.
+fn until(vm: &mut Vm, condition: &str) {
+    says(vm, &format!("for i in $(seq 200); do {condition} && exit 0; sleep 0.1; done; exit 1"));
+}
+
+/// Joins the network of the lab by the function in `slot`, and reaches the other end.
+fn pings(vm: &mut Vm, slot: u8) {
+    until(vm, &format!("[ -d /sys/bus/pci/devices/0000:01:{slot:02x}.0/net/eth0 ]"));
+    says(vm, "ip link set eth0 up && ip address add 10.7.0.2/24 dev eth0");
+    until(vm, "grep -q 1 /sys/class/net/eth0/carrier");
+    let said = says(vm, &format!("ping -c 5 -i 0.2 -W 5 {}", text("PEER_IP")));
+    assert!(said.contains(" 0% packet loss"), "{said}");
+}
+
+fn plug(uvmm: &Uvmm, device: &str, more: &[&str]) -> (ExitStatus, String, String) {
+    uvmm.call(&[&["plug", "--vm", "guest", "--device", device], more].concat()).unwrap()
+}
+
+fn unplug(uvmm: &Uvmm, id: &str, more: &[&str]) -> (ExitStatus, String, String) {
+    uvmm.call(&[&["unplug", "--vm", "guest", id], more].concat()).unwrap()
+}
+
+/// How slot `number` stands.
+fn slot(uvmm: &Uvmm, number: usize) -> Value {
+    let (status, info, errors) = uvmm.call(&["info", "--vm", "guest", "--json"]).unwrap();
+    assert!(status.success(), "{errors}");
+    serde_json::from_str::<Value>(&info).unwrap()["slots"][number - 1].take()
+}
+
+/// The files of VFIO that uvmm holds: the container, the group, the device.
+fn held(vm: &Vm) -> Vec<String> {
+    let files = fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap();
+    let target = |file: fs::DirEntry| Some(fs::read_link(file.path()).ok()?.display().to_string());
+    let targets = files.filter_map(|file| target(file.unwrap()));
+    targets.filter(|target| target.contains("vfio")).collect()
+}
+
+/// Nothing of the function `address` is left in uvmm, and it is still VFIO's.
+fn is_the_hosts(vm: &Vm, address: &str) {
+    assert_eq!(held(vm), [""; 0]);
+    let driver = fs::read_link(format!("/sys/bus/pci/devices/{address}/driver")).unwrap();
+    assert!(driver.ends_with("vfio-pci"), "{}", driver.display());
+    let status = fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
+    let pinned = status.lines().find_map(|line| line.strip_prefix("VmPin:")).unwrap();
+    assert_eq!(pinned.trim(), "0 kB", "memory is still open to DMA");
+}
+
+#[test]
+fn functions_come_and_go_as_often_as_wished() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut vm = boot(&uvmm, "", &["--cpus", "2"]);
+    assert_eq!(slot(&uvmm, 1)["device"], Value::Null);
+    assert_eq!(slot(&uvmm, 1)["driver"], true);
+    for name in ["VF0", "VF1", "VF0"] {
+        let device = format!("vfio,id=net0,host={}", text(name));
+        let (status, printed, steps) = plug(&uvmm, &device, &[]);
+        assert!(status.success(), "{steps}");
+        assert_eq!(printed, "net0 is in slot 1\n");
+        assert!(steps.contains("asked") && steps.contains("accepted"), "{steps}");
+        let is = slot(&uvmm, 1);
+        assert_eq!((&is["device"], &is["state"]), (&"net0".into(), &"enabled".into()), "{is}");
+        assert_eq!((&is["power_led"], &is["attention_led"]), (&"on".into(), &"off".into()));
+        assert!(!held(&vm).is_empty());
+        pings(&mut vm, 1);
+        let (status, printed, steps) = unplug(&uvmm, "net0", &[]);
+        assert!(status.success(), "{steps}");
+        assert_eq!(printed, "net0 is out of slot 1\n");
+        is_the_hosts(&vm, &text(name));
+        assert_eq!(says(&mut vm, "cd /sys/bus/pci; echo devices/0000:01:*"), "devices/0000:01:*");
+        assert_eq!(slot(&uvmm, 1)["state"], "disabled");
+    }
+    assert_eq!(vm.errors().unwrap(), "");
+}
+
+#[test]
+fn two_functions_are_plugged_by_intx_and_survive_a_reboot() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut vm = boot(&uvmm, "pci=nomsi", &[]);
+    let (first, second) = (text("VF0"), text("VF1"));
+    let (status, _, errors) = plug(&uvmm, &format!("vfio,id=a,host={first},slot=4"), &[]);
+    assert!(status.success(), "{errors}");
+    let (status, _, errors) = plug(&uvmm, &format!("vfio,id=b,host={second}"), &[]);
+    assert!(status.success(), "{errors}");
+    for (device, reason) in [
+        (format!("vfio,id=a,host={second}"), "the id a is in use"),
+        (format!("vfio,id=c,host={second}"), "has 0000:01:10.1 already, as b"),
+        ("vfio,id=c,host=0000:7f:00.0".to_owned(), "there is no device"),
+        ("vfio,id=c,host=0000:7f:00.0,slot=4".to_owned(), "slot 4 is taken"),
+        ("vfio,id=c,host=0000:7f:00.0,slot=5".to_owned(), "choose 1 to 4"),
+    ] {
+        let reason = reason.replace("0000:01:10.1", &second);
+        let (status, _, errors) = plug(&uvmm, &device, &[]);
+        assert_eq!(status.code(), Some(1), "{errors}");
+        assert!(errors.contains(&reason) && errors.lines().count() == 1, "{errors}");
+    }
+    let (status, _, errors) = unplug(&uvmm, "c", &[]);
+    assert!(!status.success() && errors.contains("it has a, b"), "{errors}");
+    vm.serial.send("reboot -f").unwrap();
+    vm.booted().unwrap();
+    assert_eq!(says(&mut vm, "cat /sys/bus/pci/slots/*/power"), "1 0 0 1");
+    for id in ["a", "b"] {
+        let (status, _, errors) = unplug(&uvmm, id, &[]);
+        assert!(status.success(), "{errors}");
+    }
+    is_the_hosts(&vm, &first);
+    is_the_hosts(&vm, &second);
+}
+
+#[test]
+fn a_guest_that_does_not_answer_is_told_of_and_nothing_is_left() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut vm = boot(&uvmm, "", &[]);
+    let device = format!("vfio,id=net0,host={}", text("VF0"));
+    // Linux waits for five seconds before it does what the button asks for.
+    let (status, _, errors) = plug(&uvmm, &device, &["--timeout", "2s"]);
+    assert_eq!(status.code(), Some(1), "{errors}");
+    assert!(errors.contains("was not done in time"), "{errors}");
+    is_the_hosts(&vm, &text("VF0"));
+    until(&mut vm, "[ $(dmesg | grep -c 'shpchp.*cancel') -ge 1 ]");
+    says(&mut vm, "echo 0000:00:01.0 > /sys/bus/pci/drivers/shpchp/unbind");
+    assert_eq!(slot(&uvmm, 1)["driver"], false);
+    let (status, _, errors) = plug(&uvmm, &device, &[]);
+    assert!(!status.success() && errors.contains("does not listen"), "{errors}");
+    says(&mut vm, "echo 0000:00:01.0 > /sys/bus/pci/drivers/shpchp/bind");
+    let (status, _, errors) = plug(&uvmm, &device, &[]);
+    assert!(status.success(), "{errors}");
+    pings(&mut vm, 1);
+}
+
+#[test]
+fn a_migration_and_a_plugging_wait_for_each_other() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut vm = boot(&uvmm, "", &[]);
+    let device = format!("vfio,id=net0,host={}", text("VF0"));
+    let mut command = uvmm.command(["plug", "--vm", "guest", "--device", &device]);
+    let mut plugging = command.spawn().unwrap();
+    // The main loop answers all along.
+    while slot(&uvmm, 1)["power_led"] != "blink" {}
+    let refused = |arguments: &[&str], reason: &str| {
+        let (status, _, errors) = uvmm.call(arguments).unwrap();
+        assert!(!status.success() && errors.contains(reason), "{errors}");
+    };
+    refused(&["migrate", "--vm", "guest", "--to", "127.0.0.1:1"], "wait until that is over");
+    refused(&["unplug", "--vm", "guest", "net0"], "wait until that is over");
+    assert!(plugging.wait().unwrap().success());
+    pings(&mut vm, 1);
+    refused(&["migrate", "--vm", "guest", "--to", "127.0.0.1:1"], "net0");
+}
