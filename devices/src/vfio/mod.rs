@@ -15,7 +15,7 @@ mod patch;
 mod regions;
 
 pub use attention::Owner;
-pub use container::Container;
+pub use container::{Container, check_container};
 pub use error::Error;
 pub use function::{Machine, VfioFunction};
 pub use host::{HostDevice, Neighbour};
