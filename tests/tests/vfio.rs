@@ -121,7 +121,7 @@ fn a_driver_can_let_go_of_a_function_and_take_it_again() {
     for _ in 0..2 {
         says(&mut vm, "echo 0000:01:01.0 > /sys/bus/pci/drivers/igbvf/unbind");
         let device = "/sys/bus/pci/devices/0000:01:01.0";
-        assert_eq!(says(&mut vm, &format!("cat {device}/reset_method")), "flr");
+        assert!(says(&mut vm, &format!("cat {device}/reset_method")).starts_with("flr"));
         says(&mut vm, &format!("echo 1 > {device}/reset"));
         says(&mut vm, "echo 0000:01:01.0 > /sys/bus/pci/drivers/igbvf/bind");
         join_network(&mut vm);

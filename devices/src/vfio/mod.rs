@@ -13,6 +13,10 @@ mod host;
 mod interrupts;
 mod patch;
 mod regions;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use attention::Owner;
 pub use container::{Container, check_container};
