@@ -46,7 +46,8 @@ pub(super) struct Fake {
     pub(super) config: Mutex<Vec<u8>>,
     pub(super) deeds: Mutex<Vec<Deed>>,
     pub(super) pin: bool,
-    /// Numbers of the eventfds by kind and interrupt.
+    pub(super) can_reset: bool,
+    /// By kind and interrupt.
     eventfds: Mutex<BTreeMap<(Interrupt, u32), EventFd>>,
 }
 
@@ -54,8 +55,17 @@ impl Fake {
     pub(super) fn new(pin: bool) -> Arc<Self> {
         let mut config = image();
         config[0x3d] = if pin { 2 } else { 0 };
-        let config = Mutex::new(config);
-        Arc::new(Self { config, deeds: Mutex::default(), pin, eventfds: Mutex::default() })
+        Arc::new(Self::with(config, pin, true))
+    }
+
+    /// One that cannot be reset.
+    pub(super) fn stubborn() -> Arc<Self> {
+        Arc::new(Self::with(image(), false, false))
+    }
+
+    fn with(config: Vec<u8>, pin: bool, can_reset: bool) -> Self {
+        let (deeds, eventfds) = (Mutex::default(), Mutex::default());
+        Self { config: Mutex::new(config), deeds, pin, can_reset, eventfds }
     }
 
     pub(super) fn take(&self) -> Vec<Deed> {
@@ -173,7 +183,7 @@ impl Hardware for Fake {
     }
 
     fn can_reset(&self) -> bool {
-        true
+        self.can_reset
     }
 
     fn reset(&self) -> io::Result<()> {

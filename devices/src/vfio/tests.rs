@@ -283,6 +283,27 @@ fn a_function_level_reset_puts_all_of_it_in_the_state_after_power_on() {
 }
 
 #[test]
+fn a_device_that_cannot_be_reset_does_not_offer_it() {
+    let (fake, world) = (Fake::stubborn(), World::new());
+    let function = world.function(&fake);
+    assert_eq!(read(&function, EXPRESS + 4), [0x22, 0, 0, 0]);
+    fake.take();
+    assert_eq!(function.write_config(EXPRESS + 8, &[0x10, 0x80]), Effect::None);
+    assert_eq!(fake.take(), [Deed::WroteConfig((EXPRESS + 8).into(), vec![0x10, 0])]);
+    function.reset();
+    assert!(!fake.take().contains(&Deed::Reset));
+}
+
+#[test]
+fn a_wide_access_is_cut_at_double_words_and_at_what_is_not_the_devices() {
+    let (fake, _, function) = scene();
+    write(&function, EXPRESS + 2, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+    let at = |offset: u16, data: &[u8]| Deed::WroteConfig((EXPRESS + offset).into(), data.to_vec());
+    assert_eq!(fake.take(), [at(2, &[1, 2]), at(8, &[7, 8, 9, 10])]);
+    assert_eq!(read(&function, EXPRESS + 1), [0, 1, 2, 0x22, 0, 0, 0x10, 7]);
+}
+
+#[test]
 fn what_the_host_has_to_say_reaches_the_owner() {
     let (fake, world, function) = scene();
     fake.interrupt(Interrupt::Error, 0);
