@@ -297,9 +297,9 @@ fn a_device_that_cannot_be_reset_does_not_offer_it() {
 #[test]
 fn a_wide_access_is_cut_at_double_words_and_at_what_is_not_the_devices() {
     let (fake, _, function) = scene();
-    write(&function, EXPRESS + 2, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+    write(&function, EXPRESS + 2, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
     let at = |offset: u16, data: &[u8]| Deed::WroteConfig((EXPRESS + offset).into(), data.to_vec());
-    assert_eq!(fake.take(), [at(2, &[1, 2]), at(8, &[7, 8, 9, 10])]);
+    assert_eq!(fake.take(), [at(2, &[1, 2]), at(8, &[7, 8, 9, 10]), at(12, &[11, 12])]);
     assert_eq!(read(&function, EXPRESS + 1), [0, 1, 2, 0x22, 0, 0, 0x10, 7]);
 }
 
