@@ -138,3 +138,15 @@ fn a_guest_that_writes_everything_everywhere_harms_itself_alone() {
     assert!(status.success() && vm.runs(), "{errors}");
     assert_eq!(vm.errors().unwrap(), "");
 }
+
+#[test]
+fn shpchp_drives_the_slots_on_after_a_migration() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut from = boot(&uvmm, "", &[]);
+    drives_its_slots(&mut from, "PCI-MSI");
+    let (mut to, address) = uvmm.incoming("there").unwrap();
+    let report = uvmm.migrate(&from, &address).unwrap();
+    assert_eq!(report.status, "completed", "{report:?}");
+    drives_its_slots(&mut to, "PCI-MSI");
+}
