@@ -120,7 +120,9 @@ fn a_driver_can_let_go_of_a_function_and_take_it_again() {
     join_network(&mut vm);
     for _ in 0..2 {
         says(&mut vm, "echo 0000:01:01.0 > /sys/bus/pci/drivers/igbvf/unbind");
-        says(&mut vm, "echo 1 > /sys/bus/pci/devices/0000:01:01.0/reset");
+        let device = "/sys/bus/pci/devices/0000:01:01.0";
+        assert!(says(&mut vm, &format!("cat {device}/reset_method")).starts_with("flr"));
+        says(&mut vm, &format!("echo 1 > {device}/reset"));
         says(&mut vm, "echo 0000:01:01.0 > /sys/bus/pci/drivers/igbvf/bind");
         join_network(&mut vm);
     }
@@ -163,4 +165,25 @@ fn a_function_that_cannot_be_had_is_refused_with_the_reason() {
     refused("/sys/class/net", "there is no device");
     let _vm = boot(&uvmm, "", &[]);
     refused(&text("VF0"), "is in use");
+}
+
+#[test]
+fn the_doctor_tells_what_keeps_a_device_from_a_guest() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let examine = |device: &str| {
+        let (status, table, errors) = uvmm.call(&["doctor", "--device", device]).unwrap();
+        assert_eq!(errors, "");
+        (status.code().unwrap(), table)
+    };
+    let (status, table) = examine(&text("VF0"));
+    assert_eq!(status, 0, "{table}");
+    assert!(table.contains("a virtual function of 0000:01:00.0"), "{table}");
+    let (status, table) = examine("0000:01:00.0");
+    assert_eq!(status, 1, "{table}");
+    assert!(table.contains("igb ") && table.contains("> /sys/bus/pci/drivers_probe"), "{table}");
+    let _vm = boot(&uvmm, "", &[]);
+    let (status, table) = examine(&text("VF0"));
+    assert_eq!(status, 1, "{table}");
+    assert!(table.contains("fuser /dev/vfio/"), "{table}");
 }

@@ -14,6 +14,14 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use super::error::Error;
 use super::host::HostDevice;
 
+/// Whether VFIO can drive this host's IOMMU.
+///
+/// # Errors
+/// What stands in the way.
+pub fn check_container() -> Result<(), Error> {
+    VfioContainer::new(None).map(drop).map_err(Error::of_container)
+}
+
 /// The address space of all VFIO devices of one guest: guest-physical addresses.
 ///
 /// Guest RAM is locked in memory while there is a device, and only then.
@@ -47,7 +55,7 @@ impl Container {
             let device = open_in(&host.path, reach.vfio.clone()).map_err(|e| host.refused(e))?;
             return Ok((device, reach));
         }
-        let container = VfioContainer::new(self.tracker.clone()).map_err(|e| host.refused(e))?;
+        let container = VfioContainer::new(self.tracker.clone()).map_err(Error::of_container)?;
         let vfio = Arc::new(container);
         let device = open_in(&host.path, vfio.clone()).map_err(|e| host.refused(e))?;
         let reach = Arc::new(Reach::open(vfio, self.ram.clone())?);

@@ -79,6 +79,9 @@ pub enum Error {
     /// VFIO has no driver for the IOMMU.
     #[error("VFIO cannot drive this host's IOMMU: modprobe vfio_iommu_type1")]
     NoType1(#[source] VfioError),
+    /// VFIO does not work.
+    #[error("VFIO does not work on this host: see the kernel's log")]
+    Container(#[source] VfioError),
     /// VFIO refuses the device.
     #[error("VFIO refuses {name}")]
     Refused {
@@ -138,6 +141,21 @@ fn memlock(limit: Option<u64>) -> String {
     })
 }
 
+impl Error {
+    /// The error that VFIO's answer `source` to opening a container is.
+    pub(super) fn of_container(source: VfioError) -> Self {
+        let file = "/dev/vfio/vfio".into();
+        match source {
+            VfioError::OpenContainer(source) if denied(&source) => {
+                Self::Permission { file, source }
+            }
+            VfioError::OpenContainer(source) => Self::NoVfio { file, source },
+            VfioError::VfioExtension => Self::NoType1(source),
+            source => Self::Container(source),
+        }
+    }
+}
+
 impl HostDevice {
     /// Whether VFIO can have it, as far as sysfs knows.
     ///
@@ -172,15 +190,6 @@ impl HostDevice {
                 Error::Permission { file, source }
             }
             VfioError::OpenGroup(source, _) => Error::NoVfio { file, source },
-            VfioError::OpenContainer(source) => {
-                let file = "/dev/vfio/vfio".into();
-                if denied(&source) {
-                    Error::Permission { file, source }
-                } else {
-                    Error::NoVfio { file, source }
-                }
-            }
-            VfioError::VfioExtension => Error::NoType1(source),
             // The ioctl of the status says no more; sysfs was asked before.
             source => Error::Refused { name, source },
         }
@@ -238,7 +247,9 @@ mod tests {
         assert!(matches!(group(rustix::io::Errno::ACCESS), Error::Permission { .. }));
         assert!(matches!(group(rustix::io::Errno::NOENT), Error::NoVfio { .. }));
         let container = VfioError::OpenContainer(error(rustix::io::Errno::NOENT));
-        let text = device().refused(container).to_string();
+        let text = Error::of_container(container).to_string();
         assert_eq!(text, "cannot open /dev/vfio/vfio: modprobe vfio-pci");
+        let text = Error::of_container(VfioError::VfioExtension).to_string();
+        assert!(text.ends_with("modprobe vfio_iommu_type1"), "{text}");
     }
 }

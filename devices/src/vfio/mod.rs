@@ -13,9 +13,13 @@ mod host;
 mod interrupts;
 mod patch;
 mod regions;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use attention::Owner;
-pub use container::Container;
+pub use container::{Container, check_container};
 pub use error::Error;
 pub use function::{Machine, VfioFunction};
 pub use host::{HostDevice, Neighbour};

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::cause;
-use crate::config::VmName;
+use crate::config::{HostDevice, VmName};
 use crate::control::{Client, Request, RuntimeDir};
 use crate::doctor;
 use crate::session::{self, Ending};
@@ -65,6 +65,9 @@ enum Command {
     Stop(vms::StopArgs),
     /// Tell what this host can do, by trying.
     Doctor {
+        /// Tell what keeps this device from a guest: a PCI address, or a path below /sys.
+        #[arg(long, value_name = "BDF")]
+        device: Option<HostDevice>,
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
@@ -124,8 +127,8 @@ fn obey(command: Command) -> Outcome {
         Command::Pause(vm) => vm.tell(&Request::Pause {}),
         Command::Resume(vm) => vm.tell(&Request::Resume {}),
         Command::Stop(args) => args.stop(),
-        Command::Doctor { json } => {
-            let findings = doctor::examine();
+        Command::Doctor { device, json } => {
+            let findings = device.as_ref().map_or_else(doctor::examine, doctor::examine_device);
             let text = if json { findings.json() } else { findings.table() };
             print(&text)?;
             Ok(if findings.can_run() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -193,6 +196,8 @@ mod tests {
             ("uvmm run --memory lots", "\"lots\" is not a size"),
             ("uvmm run --serial tape", "write stdio, null, file=F or socket=F"),
             ("uvmm run --name a/b", "\"a/b\" is not a VM name"),
+            ("uvmm run --device vfio,id=a", "needs host="),
+            ("uvmm doctor --device eth0", "0000:01:10.0"),
             ("uvmm migrate", "--to"),
             ("uvmm migrate --to host", "write HOST:PORT"),
             ("uvmm migrate --to h:1 --downtime-limit 3", "write a number and a unit"),

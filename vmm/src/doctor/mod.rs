@@ -1,5 +1,6 @@
 //! `uvmm doctor`: what this host can do, found out by trying.
 
+mod device;
 mod guest;
 mod host;
 mod kvm;
@@ -8,6 +9,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::json;
+
+use crate::config::HostDevice;
 
 /// How long one trial may take before it counts as failed.
 const TRIAL_LIMIT: Duration = Duration::from_secs(10);
@@ -22,7 +25,7 @@ pub enum Verdict {
     Limited,
     /// It does not, and uvmm does without it.
     Missing,
-    /// It does not, and no guest can run.
+    /// It does not, and no guest can run, or none with the device that was asked about.
     Fatal,
 }
 
@@ -59,6 +62,20 @@ impl Check {
 pub struct Findings {
     /// In the order of trying.
     pub checks: Vec<Check>,
+    /// What they are about.
+    about: About,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum About {
+    Host,
+    Device,
+}
+
+/// Looks at everything that `device` needs to be given to a guest.
+#[must_use]
+pub fn examine_device(device: &HostDevice) -> Findings {
+    Findings { checks: device::examine(device), about: About::Device }
 }
 
 /// Tries everything. Takes well under a second, and at most some tens of them on a host that
@@ -67,20 +84,24 @@ pub struct Findings {
 pub fn examine() -> Findings {
     let mut checks = kvm::examine();
     checks.extend(host::examine());
-    Findings { checks }
+    Findings { checks, about: About::Host }
 }
 
 impl Findings {
-    /// Whether a guest can run.
+    /// Whether a guest can run, or can have the device.
     #[must_use]
     pub fn can_run(&self) -> bool {
         self.checks.iter().all(|check| check.verdict != Verdict::Fatal)
     }
 
-    /// One JSON object on one line: `can_run` and `checks`.
+    /// One JSON object on one line: `can_run`, or `can_assign` of a device, and `checks`.
     #[must_use]
     pub fn json(&self) -> String {
-        format!("{}\n", json!({ "can_run": self.can_run(), "checks": self.checks }))
+        let can = match self.about {
+            About::Host => "can_run",
+            About::Device => "can_assign",
+        };
+        format!("{}\n", json!({ can: self.can_run(), "checks": self.checks }))
     }
 
     /// For people.
@@ -107,7 +128,12 @@ impl Findings {
             table.push_str(line.trim_end());
             table.push('\n');
         }
-        let end = if self.can_run() { "Guests can run here." } else { "No guest can run here." };
+        let end = match (self.about, self.can_run()) {
+            (About::Host, true) => "Guests can run here.",
+            (About::Host, false) => "No guest can run here.",
+            (About::Device, true) => "A guest can have this device.",
+            (About::Device, false) => "No guest can have this device yet.",
+        };
         format!("{table}\n{end}\n")
     }
 }
@@ -119,13 +145,18 @@ mod tests {
     #[test]
     fn one_fatal_finding_is_enough_and_anything_less_is_not() {
         let missing = Check::not_ok("a", Verdict::Missing, "b", "c");
-        let mut findings = Findings { checks: vec![Check::ok("d", "e"), missing] };
+        let mut findings =
+            Findings { checks: vec![Check::ok("d", "e"), missing], about: About::Host };
         assert!(findings.can_run() && findings.table().ends_with("Guests can run here.\n"));
         findings.checks.push(Check::not_ok("f", Verdict::Fatal, "g", "h"));
         assert!(!findings.can_run() && findings.table().ends_with("No guest can run here.\n"));
         let object: serde_json::Value = serde_json::from_str(&findings.json()).unwrap();
         assert_eq!(object["can_run"], false);
         assert_eq!(object["checks"][2]["verdict"], "fatal");
+        findings.about = About::Device;
+        assert!(findings.table().ends_with("No guest can have this device yet.\n"));
+        let object: serde_json::Value = serde_json::from_str(&findings.json()).unwrap();
+        assert_eq!(object["can_assign"], false);
     }
 
     #[test]
