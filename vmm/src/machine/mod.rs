@@ -29,7 +29,6 @@ use crate::config::MachineConfig;
 use crate::kvm::Vm;
 use crate::power::PowerSwitch;
 use crate::vcpu::{self, Exits, Vcpus};
-pub(crate) use assigned::Assigned;
 
 /// A machine. Its vCPUs stand until [`Machine::resume`].
 pub(crate) struct Machine {
