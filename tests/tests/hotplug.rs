@@ -64,7 +64,8 @@ fn held(vm: &Vm) -> Vec<String> {
     let files = fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap();
     let target = |file: fs::DirEntry| Some(fs::read_link(file.path()).ok()?.display().to_string());
     let targets = files.filter_map(|file| target(file.unwrap()));
-    targets.filter(|target| target.contains("vfio")).collect()
+    // KVM's list of its devices is there without any.
+    targets.filter(|target| target.contains("vfio") && target != "anon_inode:kvm-vfio").collect()
 }
 
 /// Nothing of the function `address` is left in uvmm, and it is still VFIO's.
