@@ -17,7 +17,7 @@ const LOAD: &str = "guest-load 8 1 /run/load & sleep 3; cat /run/load";
 fn loaded_guest(uvmm: &Uvmm, name: &str) -> Vm {
     let kernel = variable("GUEST_KERNEL").unwrap();
     let mut vm =
-        uvmm.linux(name, Path::new(&kernel), &["--memory", "256M", "--cpus", CPUS]).unwrap();
+        uvmm.linux(name, Path::new(&kernel), &["--memory", "128M", "--cpus", CPUS]).unwrap();
     vm.booted().unwrap();
     let (report, status) = vm.shell(LOAD).unwrap();
     assert!(status == 0 && report.contains("pages="), "{report}");
