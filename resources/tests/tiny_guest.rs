@@ -182,7 +182,8 @@ fn a_pause_of_the_guest_shows_as_a_gap() {
     let quiet = value(&machine.ask("gap", "gap "), "tsc_us");
     machine.hold(std::time::Duration::from_millis(500));
     let gap = machine.ask("gap", "gap ");
-    assert!(value(&gap, "tsc_us") >= 500_000, "{gap}");
+    // KVM rounds the frequencies by which the guest turns ticks into time.
+    assert!(value(&gap, "tsc_us") >= 495_000, "{gap}");
     assert!(value(&gap, "tsc_us") < 2_000_000, "{gap}");
     assert!(quiet < 500_000, "{quiet}");
     assert_eq!(value(&gap, "backwards"), 0, "{gap}");
