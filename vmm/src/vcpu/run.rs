@@ -59,7 +59,7 @@ impl Runner {
     pub(super) fn serve(mut self, commands: &Receiver<Command>) {
         loop {
             let command = if self.running {
-                let _why = self.enter();
+                self.enter();
                 match commands.try_recv() {
                     Ok(command) => Some(command),
                     Err(TryRecvError::Empty) => continue,
