@@ -2,45 +2,25 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 use std::fs;
 use std::process::ExitStatus;
+use std::time::Instant;
 
 use serde_json::Value;
 use tests::inside_lab;
-use tests::vm::{CMDLINE, Uvmm, Vm, variable};
-
-fn text(name: &str) -> String {
-    variable(name).unwrap().into_string().unwrap()
-}
+use tests::vm::{SHORT, Uvmm, Vm, text};
 
 /// Boots a guest with empty slots.
 fn boot(uvmm: &Uvmm, more: &str, arguments: &[&str]) -> Vm {
-    let mut all = vec!["--kernel".into(), variable("GUEST_KERNEL").unwrap()];
-    all.extend(["--initrd".into(), variable("GUEST_INITRD").unwrap()]);
-    all.extend(["--cmdline".into(), format!("{CMDLINE} {more}").into()]);
-    all.extend(["--memory", "256M"].iter().chain(arguments).map(Into::into));
-    let mut vm = uvmm.run("guest", all).unwrap();
-    vm.booted().unwrap();
-    says(&mut vm, "insmod /modules/igbvf.ko");
+    let mut vm = uvmm.guest(more, arguments).unwrap();
+    vm.says("insmod /modules/igbvf.ko").unwrap();
     vm
-}
-
-/// What the guest's shell prints, on one line; it must succeed.
-fn says(vm: &mut Vm, line: &str) -> String {
-    let (printed, status) = vm.shell(line).unwrap();
-    assert_eq!(status, 0, "{line}: {printed}");
-    printed.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-/// Waits in the guest until `condition` holds.
-fn until(vm: &mut Vm, condition: &str) {
-    says(vm, &format!("for i in $(seq 200); do {condition} && exit 0; sleep 0.1; done; exit 1"));
 }
 
 /// Joins the network of the lab by the function in `slot`, and reaches the other end.
 fn pings(vm: &mut Vm, slot: u8) {
-    until(vm, &format!("[ -d /sys/bus/pci/devices/0000:01:{slot:02x}.0/net/eth0 ]"));
-    says(vm, "ip link set eth0 up && ip address add 10.7.0.2/24 dev eth0");
-    until(vm, "grep -q 1 /sys/class/net/eth0/carrier");
-    let said = says(vm, &format!("ping -c 5 -i 0.2 -W 5 {}", text("PEER_IP")));
+    vm.until(&format!("[ -d /sys/bus/pci/devices/0000:01:{slot:02x}.0/net/eth0 ]")).unwrap();
+    vm.says("ip link set eth0 up && ip address add 10.7.0.2/24 dev eth0").unwrap();
+    vm.until("grep -q 1 /sys/class/net/eth0/carrier").unwrap();
+    let said = vm.says(&format!("ping -c 5 -i 0.2 -W 5 {}", text("PEER_IP").unwrap())).unwrap();
     assert!(said.contains(" 0% packet loss"), "{said}");
 }
 
@@ -86,7 +66,7 @@ fn functions_come_and_go_as_often_as_wished() {
     assert_eq!(slot(&uvmm, 1)["device"], Value::Null);
     assert_eq!(slot(&uvmm, 1)["driver"], true);
     for name in ["VF0", "VF1", "VF0"] {
-        let device = format!("vfio,id=net0,host={}", text(name));
+        let device = format!("vfio,id=net0,host={}", text(name).unwrap());
         let (status, printed, steps) = plug(&uvmm, &device, &[]);
         assert!(status.success(), "{steps}");
         assert_eq!(printed, "net0 is in slot 1\n");
@@ -99,8 +79,11 @@ fn functions_come_and_go_as_often_as_wished() {
         let (status, printed, steps) = unplug(&uvmm, "net0", &[]);
         assert!(status.success(), "{steps}");
         assert_eq!(printed, "net0 is out of slot 1\n");
-        is_the_hosts(&vm, &text(name));
-        assert_eq!(says(&mut vm, "cd /sys/bus/pci; echo devices/0000:01:*"), "devices/0000:01:*");
+        is_the_hosts(&vm, &text(name).unwrap());
+        assert_eq!(
+            vm.says("cd /sys/bus/pci; echo devices/0000:01:*").unwrap(),
+            "devices/0000:01:*"
+        );
         assert_eq!(slot(&uvmm, 1)["state"], "disabled");
     }
     assert_eq!(vm.errors().unwrap(), "");
@@ -111,7 +94,7 @@ fn two_functions_are_plugged_by_intx_and_survive_a_reboot() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let mut vm = boot(&uvmm, "pci=nomsi", &[]);
-    let (first, second) = (text("VF0"), text("VF1"));
+    let (first, second) = (text("VF0").unwrap(), text("VF1").unwrap());
     let (status, _, errors) = plug(&uvmm, &format!("vfio,id=a,host={first},slot=4"), &[]);
     assert!(status.success(), "{errors}");
     let (status, _, errors) = plug(&uvmm, &format!("vfio,id=b,host={second}"), &[]);
@@ -132,7 +115,7 @@ fn two_functions_are_plugged_by_intx_and_survive_a_reboot() {
     assert!(!status.success() && errors.contains("it has a, b"), "{errors}");
     vm.serial.send("reboot -f").unwrap();
     vm.booted().unwrap();
-    assert_eq!(says(&mut vm, "cat /sys/bus/pci/slots/*/power"), "1 0 0 1");
+    assert_eq!(vm.says("cat /sys/bus/pci/slots/*/power").unwrap(), "1 0 0 1");
     for id in ["a", "b"] {
         let (status, _, errors) = unplug(&uvmm, id, &[]);
         assert!(status.success(), "{errors}");
@@ -146,18 +129,18 @@ fn a_guest_that_does_not_answer_is_told_of_and_nothing_is_left() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let mut vm = boot(&uvmm, "", &[]);
-    let device = format!("vfio,id=net0,host={}", text("VF0"));
+    let device = format!("vfio,id=net0,host={}", text("VF0").unwrap());
     // Linux waits for five seconds before it does what the button asks for.
     let (status, _, errors) = plug(&uvmm, &device, &["--timeout", "2s"]);
     assert_eq!(status.code(), Some(1), "{errors}");
     assert!(errors.contains("was not done in time"), "{errors}");
-    is_the_hosts(&vm, &text("VF0"));
-    until(&mut vm, "[ $(dmesg | grep -c 'shpchp.*cancel') -ge 1 ]");
-    says(&mut vm, "echo 0000:00:01.0 > /sys/bus/pci/drivers/shpchp/unbind");
+    is_the_hosts(&vm, &text("VF0").unwrap());
+    vm.until("[ $(dmesg | grep -c 'shpchp.*cancel') -ge 1 ]").unwrap();
+    vm.says("echo 0000:00:01.0 > /sys/bus/pci/drivers/shpchp/unbind").unwrap();
     assert_eq!(slot(&uvmm, 1)["driver"], false);
     let (status, _, errors) = plug(&uvmm, &device, &[]);
     assert!(!status.success() && errors.contains("does not listen"), "{errors}");
-    says(&mut vm, "echo 0000:00:01.0 > /sys/bus/pci/drivers/shpchp/bind");
+    vm.says("echo 0000:00:01.0 > /sys/bus/pci/drivers/shpchp/bind").unwrap();
     let (status, _, errors) = plug(&uvmm, &device, &[]);
     assert!(status.success(), "{errors}");
     pings(&mut vm, 1);
@@ -168,11 +151,14 @@ fn a_migration_and_a_plugging_wait_for_each_other() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let mut vm = boot(&uvmm, "", &[]);
-    let device = format!("vfio,id=net0,host={}", text("VF0"));
+    let device = format!("vfio,id=net0,host={}", text("VF0").unwrap());
     let mut command = uvmm.command(["plug", "--vm", "guest", "--device", &device]);
     let mut plugging = command.spawn().unwrap();
     // The main loop answers all along.
-    while slot(&uvmm, 1)["power_led"] != "blink" {}
+    let deadline = Instant::now() + SHORT;
+    while slot(&uvmm, 1)["power_led"] != "blink" {
+        assert!(Instant::now() < deadline, "the guest does not blink");
+    }
     let refused = |arguments: &[&str], reason: &str| {
         let (status, _, errors) = uvmm.call(arguments).unwrap();
         assert!(!status.success() && errors.contains(reason), "{errors}");

@@ -5,57 +5,34 @@ use std::net::{Shutdown, TcpListener};
 use std::thread;
 
 use tests::inside_lab;
-use tests::vm::{CMDLINE, Uvmm, Vm, variable};
+use tests::vm::{Uvmm, Vm, text};
 
 /// Bytes that are carried each way.
 const BULK: usize = 8 << 20;
 
-fn text(name: &str) -> String {
-    variable(name).unwrap().into_string().unwrap()
-}
-
 /// Boots with the virtual function `VF0`, and more on the command line.
 fn boot(uvmm: &Uvmm, more: &str, arguments: &[&str]) -> Vm {
-    let device = format!("vfio,id=net0,host={}", text("VF0"));
-    let mut all = vec!["--kernel".into(), variable("GUEST_KERNEL").unwrap()];
-    all.extend(["--initrd".into(), variable("GUEST_INITRD").unwrap()]);
-    all.extend(["--cmdline".into(), format!("{CMDLINE} {more}").into()]);
-    all.extend(["--memory", "256M", "--device", &device].iter().chain(arguments).map(Into::into));
-    let mut vm = uvmm.run("guest", all).unwrap();
-    vm.booted().unwrap();
-    vm
-}
-
-/// What the guest's shell prints, on one line; it must succeed.
-fn says(vm: &mut Vm, line: &str) -> String {
-    let (printed, status) = vm.shell(line).unwrap();
-    assert_eq!(status, 0, "{line}: {printed}");
-    printed.split_whitespace().collect::<Vec<_>>().join(" ")
+    let device = format!("vfio,id=net0,host={}", text("VF0").unwrap());
+    uvmm.guest(more, &[&["--device", &device], arguments].concat()).unwrap()
 }
 
 /// Loads the driver, if it is not there, and joins the network of the lab.
 fn join_network(vm: &mut Vm) {
-    says(vm, "[ -d /sys/module/igbvf ] || insmod /modules/igbvf.ko");
-    until(vm, "[ -d /sys/bus/pci/devices/0000:01:01.0/net/eth0 ]");
-    says(vm, "ip link set eth0 up && ip address add 10.7.0.2/24 dev eth0");
-    until(vm, "grep -q 1 /sys/class/net/eth0/carrier");
+    vm.says("[ -d /sys/module/igbvf ] || insmod /modules/igbvf.ko").unwrap();
+    vm.until("[ -d /sys/bus/pci/devices/0000:01:01.0/net/eth0 ]").unwrap();
+    vm.says("ip link set eth0 up && ip address add 10.7.0.2/24 dev eth0").unwrap();
+    vm.until("grep -q 1 /sys/class/net/eth0/carrier").unwrap();
     pings(vm);
 }
 
-/// Waits in the guest until `condition` holds.
-fn until(vm: &mut Vm, condition: &str) {
-    let line = format!("for i in $(seq 200); do {condition} && exit 0; sleep 0.1; done; exit 1");
-    says(vm, &line);
-}
-
 fn pings(vm: &mut Vm) {
-    let said = says(vm, &format!("ping -c 5 -i 0.2 -W 5 {}", text("PEER_IP")));
+    let said = vm.says(&format!("ping -c 5 -i 0.2 -W 5 {}", text("PEER_IP").unwrap())).unwrap();
     assert!(said.contains(" 0% packet loss"), "{said}");
 }
 
 /// Carries data both ways and compares what arrived.
 fn carries(vm: &mut Vm) {
-    let peer = text("PEER_IP");
+    let peer = text("PEER_IP").unwrap();
     let listener = TcpListener::bind((peer.as_str(), 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     let line = format!(
@@ -71,7 +48,7 @@ fn carries(vm: &mut Vm) {
             stream.shutdown(Shutdown::Write).unwrap();
             drop(stream.read_to_end(&mut Vec::new()));
         });
-        assert_eq!(says(vm, &line), BULK.to_string());
+        assert_eq!(vm.says(&line).unwrap(), BULK.to_string());
     });
 }
 
@@ -86,11 +63,14 @@ fn exits(uvmm: &Uvmm) -> u64 {
 
 /// The whole of what a network function is for, in a guest that has just booted.
 fn works(uvmm: &Uvmm, vm: &mut Vm) {
-    assert_eq!(says(vm, "cd /sys/bus/pci/slots/1; cat address adapter power"), "0000:01:01 1 1");
+    assert_eq!(
+        vm.says("cd /sys/bus/pci/slots/1; cat address adapter power").unwrap(),
+        "0000:01:01 1 1"
+    );
     join_network(vm);
     let before = exits(uvmm);
     carries(vm);
-    let packets = says(vm, "cat /sys/class/net/eth0/statistics/rx_packets");
+    let packets = vm.says("cat /sys/class/net/eth0/statistics/rx_packets").unwrap();
     assert!(packets.parse::<u64>().unwrap() > 4000, "{packets}");
     assert_eq!(exits(uvmm), before, "neither packets nor interrupts need uvmm");
     assert_eq!(vm.errors().unwrap(), "");
@@ -102,7 +82,7 @@ fn a_virtual_function_carries_data_without_the_help_of_uvmm() {
     let uvmm = Uvmm::new().unwrap();
     let mut vm = boot(&uvmm, "", &[]);
     works(&uvmm, &mut vm);
-    assert_ne!(says(&mut vm, "grep -c 'PCI-MSIX.*eth0' /proc/interrupts"), "0");
+    assert_ne!(vm.says("grep -c 'PCI-MSIX.*eth0' /proc/interrupts").unwrap(), "0");
 }
 
 #[test]
@@ -119,20 +99,20 @@ fn a_driver_can_let_go_of_a_function_and_take_it_again() {
     let mut vm = boot(&uvmm, "", &["--cpus", "2"]);
     join_network(&mut vm);
     for _ in 0..2 {
-        says(&mut vm, "echo 0000:01:01.0 > /sys/bus/pci/drivers/igbvf/unbind");
+        vm.says("echo 0000:01:01.0 > /sys/bus/pci/drivers/igbvf/unbind").unwrap();
         let device = "/sys/bus/pci/devices/0000:01:01.0";
-        assert!(says(&mut vm, &format!("cat {device}/reset_method")).starts_with("flr"));
-        says(&mut vm, &format!("echo 1 > {device}/reset"));
-        says(&mut vm, "echo 0000:01:01.0 > /sys/bus/pci/drivers/igbvf/bind");
+        assert!(vm.says(&format!("cat {device}/reset_method")).unwrap().starts_with("flr"));
+        vm.says(&format!("echo 1 > {device}/reset")).unwrap();
+        vm.says("echo 0000:01:01.0 > /sys/bus/pci/drivers/igbvf/bind").unwrap();
         join_network(&mut vm);
     }
     for _ in 0..2 {
-        says(&mut vm, "echo 0 > /sys/bus/pci/slots/1/power");
+        vm.says("echo 0 > /sys/bus/pci/slots/1/power").unwrap();
         assert_eq!(
-            says(&mut vm, "echo /sys/bus/pci/devices/0000:01:*"),
+            vm.says("echo /sys/bus/pci/devices/0000:01:*").unwrap(),
             "/sys/bus/pci/devices/0000:01:*"
         );
-        says(&mut vm, "echo 1 > /sys/bus/pci/slots/1/power");
+        vm.says("echo 1 > /sys/bus/pci/slots/1/power").unwrap();
         join_network(&mut vm);
     }
     assert_eq!(vm.errors().unwrap(), "");
@@ -164,7 +144,7 @@ fn a_function_that_cannot_be_had_is_refused_with_the_reason() {
     refused("0000:01:00.0", "bound to the driver igb: as root, modprobe vfio-pci");
     refused("/sys/class/net", "there is no device");
     let _vm = boot(&uvmm, "", &[]);
-    refused(&text("VF0"), "is in use");
+    refused(&text("VF0").unwrap(), "is in use");
 }
 
 #[test]
@@ -176,14 +156,14 @@ fn the_doctor_tells_what_keeps_a_device_from_a_guest() {
         assert_eq!(errors, "");
         (status.code().unwrap(), table)
     };
-    let (status, table) = examine(&text("VF0"));
+    let (status, table) = examine(&text("VF0").unwrap());
     assert_eq!(status, 0, "{table}");
     assert!(table.contains("a virtual function of 0000:01:00.0"), "{table}");
     let (status, table) = examine("0000:01:00.0");
     assert_eq!(status, 1, "{table}");
     assert!(table.contains("igb ") && table.contains("> /sys/bus/pci/drivers_probe"), "{table}");
     let _vm = boot(&uvmm, "", &[]);
-    let (status, table) = examine(&text("VF0"));
+    let (status, table) = examine(&text("VF0").unwrap());
     assert_eq!(status, 1, "{table}");
     assert!(table.contains("fuser /dev/vfio/"), "{table}");
 }

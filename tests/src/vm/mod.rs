@@ -102,8 +102,31 @@ impl Uvmm {
     /// # Errors
     /// If uvmm cannot be started or ends at once.
     pub fn linux(&self, name: &str, kernel: &Path, arguments: &[&str]) -> Result<Vm> {
+        self.linux_told(name, kernel, CMDLINE, arguments)
+    }
+
+    /// Starts the lab's own Linux as `guest`, with `more` on its kernel's command line, and waits
+    /// until it takes commands.
+    ///
+    /// # Errors
+    /// If uvmm cannot be started or the guest does not boot.
+    pub fn guest(&self, more: &str, arguments: &[&str]) -> Result<Vm> {
+        let kernel = PathBuf::from(variable("GUEST_KERNEL")?);
+        let arguments = [&["--memory", "256M"], arguments].concat();
+        let mut vm = self.linux_told("guest", &kernel, &format!("{CMDLINE} {more}"), &arguments)?;
+        vm.booted()?;
+        Ok(vm)
+    }
+
+    fn linux_told(
+        &self,
+        name: &str,
+        kernel: &Path,
+        cmdline: &str,
+        arguments: &[&str],
+    ) -> Result<Vm> {
         let mut all = vec![OsString::from("--kernel"), kernel.into(), "--initrd".into()];
-        all.extend([variable("GUEST_INITRD")?, "--cmdline".into(), CMDLINE.into()]);
+        all.extend([variable("GUEST_INITRD")?, "--cmdline".into(), cmdline.into()]);
         all.extend(arguments.iter().map(OsString::from));
         self.run(name, all)
     }
@@ -221,6 +244,26 @@ impl Vm {
         Ok((printed.replace('\r', ""), status))
     }
 
+    /// What a line that must succeed prints in the guest's shell, with all white space as blanks.
+    ///
+    /// # Errors
+    /// If it does not end in time, or fails.
+    pub fn says(&mut self, line: &str) -> Result<String> {
+        match self.shell(line)? {
+            (printed, 0) => Ok(printed.split_whitespace().collect::<Vec<_>>().join(" ")),
+            (printed, status) => Err(Error::Guest(format!("{line}: status {status}: {printed}"))),
+        }
+    }
+
+    /// Waits until `condition` holds in the guest's shell, 20 seconds at most.
+    ///
+    /// # Errors
+    /// If it does not hold by then.
+    pub fn until(&mut self, condition: &str) -> Result<()> {
+        let tries = "for i in $(seq 200)";
+        self.says(&format!("{tries}; do {condition} && exit 0; sleep 0.1; done; exit 1")).map(drop)
+    }
+
     /// The process that runs it.
     #[must_use]
     pub fn pid(&self) -> u32 {
@@ -280,6 +323,15 @@ impl Drop for Vm {
 pub fn variable(name: &str) -> Result<OsString> {
     std::env::var_os(name)
         .ok_or_else(|| Error::Unsupported(format!("{name} is not set: this runs in the lab")))
+}
+
+/// A [`variable`] that is text.
+///
+/// # Errors
+/// If it is not set, or is not UTF-8.
+pub fn text(name: &str) -> Result<String> {
+    let not_text = |_| Error::Unsupported(format!("{name} is not UTF-8"));
+    variable(name)?.into_string().map_err(not_text)
 }
 
 /// An address of this host that nobody listens at.
