@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::vm::{Report, Uvmm, Vm, variable};
 
-/// MiB that the guest keeps rewriting, and threads that do it: little, as the README says.
+/// MiB that the guest keeps rewriting, and threads that do it: little, for an emulated host.
 const LOAD: &str = "guest-load 8 1 /run/load &";
 
 /// Boots a Linux guest, makes it work, moves it, and tells about it on stdout.

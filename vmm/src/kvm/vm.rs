@@ -3,6 +3,8 @@
 // UNSAFETY: KVM takes the host address of guest RAM as an integer.
 #![expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION takes an address")]
 
+use std::ops::Range;
+
 use kvm_bindings::{
     KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
 };
@@ -10,7 +12,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Error;
-use crate::arch::layout;
+use crate::arch::{cpuid, layout};
 use crate::memory::Ram;
 
 /// A KVM virtual machine with RAM and in-kernel interrupt controllers.
@@ -63,6 +65,12 @@ impl Vm {
 
     pub(crate) fn ram(&self) -> &Ram {
         &self.ram
+    }
+
+    /// The memory above all RAM that PCI functions may decode, if this host's vCPUs reach that far.
+    pub(crate) fn pci_memory_64(&self) -> Result<Option<Range<u64>>, Error> {
+        let bytes = self.ram.iter().map(GuestMemoryRegion::len).sum();
+        Ok(layout::pci_memory_64(bytes, cpuid::address_bits(&self.kvm)?))
     }
 
     pub(crate) fn create_vcpu(&self, index: u8) -> Result<VcpuFd, Error> {

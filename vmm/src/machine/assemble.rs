@@ -1,6 +1,5 @@
 //! From a configuration to a machine: the one table of its devices.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use devices::bus::{Bus, BusDevice, BusError};
@@ -88,7 +87,7 @@ impl Machine {
         host: &HostSide,
     ) -> Result<Self, Error> {
         Self::assemble(config, host, |vm, first| {
-            let (ram, window) = (vm.ram(), memory_64(vm, config)?);
+            let (ram, window) = (vm.ram(), vm.pci_memory_64()?);
             let rsdp = acpi::write(ram, config.cpus, window.as_ref()).map_err(Error::Tables)?;
             mptable::write(ram, config.cpus).map_err(Error::Tables)?;
             let entry = boot::load(ram, boot, rsdp)?;
@@ -135,7 +134,7 @@ impl Machine {
             mmio: &mmio,
             lines: layout::PCI_GSIS.map(|gsi| line(gsi) as Arc<dyn Line>).collect(),
             messages: messages.clone(),
-            memory_64: memory_64(&vm, config)?,
+            memory_64: vm.pci_memory_64()?,
             reset: reset.clone(),
         };
         let Pci { ports, ecam, slots, saved: pci } = Pci::new(config.pci_slots, around)?;
@@ -200,11 +199,6 @@ fn insert(
     device: Arc<dyn BusDevice>,
 ) -> Result<(), Error> {
     bus.insert(base, size, device).map_err(|source| Error::Bus { address: name.to_owned(), source })
-}
-
-/// Where 64-bit base address registers can be.
-fn memory_64(vm: &Vm, config: &MachineConfig) -> Result<Option<Range<u64>>, kvm::Error> {
-    Ok(layout::pci_memory_64(config.memory, cpuid::address_bits(vm.kvm())?))
 }
 
 /// vCPUs as a PC's firmware would leave them.

@@ -3,9 +3,8 @@
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::Cap;
 use migration::compat::{Profile, Rule};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{cpuid, layout, vcpu};
+use super::{cpuid, vcpu};
 use crate::kvm::{Error, Vm};
 
 /// The registers of CPUID that are sets of features: leaf, index, and which of EAX, EBX, ECX, EDX.
@@ -52,9 +51,9 @@ pub(crate) fn of_machine(
 
 /// Where 64-bit base address registers can be, which depends on the host's processors.
 fn pci_memory(vm: &Vm) -> Result<String, Error> {
-    let bytes = vm.ram().iter().map(GuestMemoryRegion::len).sum();
-    let window = layout::pci_memory_64(bytes, cpuid::address_bits(vm.kvm())?);
-    Ok(window.map_or("none".to_owned(), |range| format!("{:#x}..{:#x}", range.start, range.end)))
+    Ok(vm
+        .pci_memory_64()?
+        .map_or("none".to_owned(), |range| format!("{:#x}..{:#x}", range.start, range.end)))
 }
 
 /// The path of the TSC's frequency in a profile.
