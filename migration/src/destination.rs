@@ -1,9 +1,11 @@
 //! The straight line in.
 
+mod homecoming;
 mod welcome;
 
 use std::time::Instant;
 
+pub use homecoming::Homecoming;
 use welcome::welcome;
 
 use crate::answering::{Answering, Seat};
@@ -26,6 +28,8 @@ pub struct Arrived<G> {
     pub report: Report,
     /// Answers the source if it has not heard. Finishes by itself.
     pub answering: Answering,
+    /// Tells the source which devices serve the guest again.
+    pub homecoming: Homecoming,
 }
 
 /// Waits at `listener` for a guest, takes it in and lets it run.
@@ -38,7 +42,10 @@ pub fn receive<H: Host, L: Listener + 'static>(
     listener: L,
     patience: &Patience,
     mut watch: Watch<'_>,
-) -> Result<Arrived<H::Guest>, Box<Failure>> {
+) -> Result<Arrived<H::Guest>, Box<Failure>>
+where
+    L::Stream: 'static,
+{
     match welcome(host, &listener, patience, &mut watch) {
         Ok(arrival) => arrival.run(listener),
         Err(error) => Err(Failure::of(error, Report::default())),
@@ -64,7 +71,7 @@ struct Outcome {
     answering: Option<Answering>,
 }
 
-impl<S: Stream, G: Arriving> Arrival<'_, '_, S, G> {
+impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
     fn run<L: Listener + 'static>(mut self, listener: L) -> Result<Arrived<G>, Box<Failure>> {
         let mut outcome = Outcome::default();
         let arrived = self.take_in(listener, &mut outcome);
@@ -78,7 +85,8 @@ impl<S: Stream, G: Arriving> Arrival<'_, '_, S, G> {
         match (arrived, answering) {
             (Ok(()), Some(answering)) => {
                 report.status = Status::Completed;
-                Ok(Arrived { guest: self.guest, report, answering })
+                let homecoming = Homecoming::over(self.peer);
+                Ok(Arrived { guest: self.guest, report, answering, homecoming })
             }
             (arrived, answering) => {
                 let error = arrived.err().unwrap_or(Error::TakenBack);
@@ -126,6 +134,7 @@ impl<S: Stream, G: Arriving> Arrival<'_, '_, S, G> {
                     told.insert(run.start, run.len);
                     progress.round_done += run.len;
                 }
+                Received::Message(Message::Alive) => {}
                 Received::Message(Message::RoundEnd) => {
                     self.peer.send(&Message::RoundTaken)?;
                     progress = Progress { round: progress.round + 1, round_done: 0, ..progress };

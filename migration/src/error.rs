@@ -17,6 +17,9 @@ use crate::wire::PeerError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// Something in the machine cannot be moved.
+    #[error("this guest cannot leave")]
+    Stays(#[source] StepFailure),
     /// Nobody answers there.
     #[error("cannot connect to the destination: check the address, and that uvmm waits there")]
     Connect(#[source] io::Error),

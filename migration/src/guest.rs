@@ -1,13 +1,18 @@
 //! The seam to the machine: all that the engine asks of it, on either side.
 
 use crate::compat::{Mismatch, Offer};
-use crate::plan::{Plan, StepFailure};
+use crate::plan::{Meanwhile, Plan, StepFailure};
 use crate::ram::{DirtySet, Ram};
 use crate::report::Device;
 use crate::state::{StateError, StateReader, StateWriter};
 
 /// A guest that leaves.
 pub trait Departing {
+    /// Finds out how its devices can be moved, and completes the plan. The guest runs on.
+    ///
+    /// Called first. An error says why the guest cannot leave.
+    fn prepare(&mut self, meanwhile: &mut Meanwhile<'_>) -> Result<(), StepFailure>;
+
     /// What the peer must be able to take.
     fn offer(&self) -> Offer;
 
@@ -31,6 +36,9 @@ pub trait Departing {
 
     /// What became of its assigned devices, for the report.
     fn devices(&self) -> Vec<Device>;
+
+    /// Takes note that the device `id` serves the guest again, at the destination.
+    fn is_back(&mut self, id: &str);
 }
 
 /// Whoever builds machines for guests that arrive.

@@ -74,6 +74,6 @@ mod trial;
 pub mod wire;
 
 pub use answering::Answering;
-pub use destination::{Arrived, receive};
+pub use destination::{Arrived, Homecoming, receive};
 pub use error::{Error, Failure, one_line};
 pub use source::{Options, send};

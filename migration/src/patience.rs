@@ -18,6 +18,8 @@ pub struct Patience {
     pub stopped: Duration,
     /// For the answer to COMMIT, before asking on another connection.
     pub running: Duration,
+    /// For the guest to have its assigned devices back, before the report is written without that.
+    pub settling: Duration,
     /// For asking, before the migration is called undecided.
     pub asking: Duration,
     /// For being asked, once decided. More than `asking` of the peer.
@@ -33,6 +35,7 @@ impl Default for Patience {
             silence: seconds(30),
             stopped: seconds(300),
             running: seconds(5),
+            settling: seconds(60),
             asking: seconds(60),
             answering: seconds(120),
         }

@@ -8,11 +8,14 @@ use std::error::Error;
 use std::fmt;
 use std::time::Instant;
 
-/// The two times at which steps run.
+/// The times at which steps run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// Before the first page is sent. The guest runs on.
     Precopy,
+    /// Little is left to send: the guest lets go of devices that must not go on to the end. It runs
+    /// on, and what it writes meanwhile is sent after each step, until little is left again.
+    Release,
     /// Little is left to send: from running to perfectly still.
     Quiesce,
 }
@@ -22,7 +25,9 @@ pub enum Phase {
 pub struct Priority(pub u8);
 
 impl Priority {
-    /// The guest is asked to let go of devices; its vCPUs still run.
+    /// The guest is asked to let go of devices, which takes it seconds; its vCPUs still run.
+    pub const EVICT: Self = Self(5);
+    /// The guest is asked to pause devices, which takes it milliseconds; its vCPUs still run.
     pub const GUEST: Self = Self(10);
     /// vCPUs stop, half-done exits are completed. Downtime starts here.
     pub const VCPUS: Self = Self(20);
@@ -39,6 +44,10 @@ impl Priority {
 /// Why a step could not be entered.
 pub type StepFailure = Box<dyn Error + Send + Sync>;
 
+/// What a step does every now and then while it waits: the peer is told that this side is alive.
+/// An error means that someone wishes to stop: the step ends with it.
+pub type Meanwhile<'a> = dyn FnMut() -> Result<(), StepFailure> + 'a;
+
 /// Something to do on the way out, and how to take it back.
 pub trait Step: Send {
     /// What it does, for plans and errors: `stop 2 vCPUs`.
@@ -46,10 +55,12 @@ pub trait Step: Send {
 
     /// Does it. On an error it has left things as they were: `undo` is not called for it.
     ///
-    /// The peer waits meanwhile: a step takes seconds at most and bounds its own waits.
-    fn enter(&mut self) -> Result<(), StepFailure>;
+    /// The peer waits meanwhile: a step bounds its own waits, and calls `meanwhile` during those
+    /// that can be longer than a second.
+    fn enter(&mut self, meanwhile: &mut Meanwhile<'_>) -> Result<(), StepFailure>;
 
-    /// Takes it back. Called only after `enter` succeeded, once, last entered first.
+    /// Takes it back, in bounded time. Called only after `enter` succeeded, once, last entered
+    /// first.
     fn undo(&mut self);
 }
 
@@ -92,17 +103,27 @@ impl Plan {
     }
 
     /// Runs the steps of `phase` that are not entered yet, up to the first that fails.
-    pub fn enter(&mut self, phase: Phase) -> Result<(), PlanError> {
-        for entry in self.entries.iter_mut().filter(|e| e.phase == phase && !e.entered) {
-            if (phase, entry.priority) >= (Phase::Quiesce, Priority::VCPUS) {
-                self.stopped.get_or_insert_with(Instant::now);
-            }
-            let step = entry.step.name();
-            tracing::debug!(step, "enter");
-            entry.step.enter().map_err(|source| PlanError { step, source })?;
-            entry.entered = true;
-        }
+    pub fn enter(&mut self, phase: Phase, meanwhile: &mut Meanwhile<'_>) -> Result<(), PlanError> {
+        while self.enter_next(phase, meanwhile)? {}
         Ok(())
+    }
+
+    /// Runs the next step of `phase` that is not entered yet; tells whether there was one.
+    pub fn enter_next(
+        &mut self,
+        phase: Phase,
+        meanwhile: &mut Meanwhile<'_>,
+    ) -> Result<bool, PlanError> {
+        let next = self.entries.iter_mut().find(|e| e.phase == phase && !e.entered);
+        let Some(entry) = next else { return Ok(false) };
+        if (phase, entry.priority) >= (Phase::Quiesce, Priority::VCPUS) {
+            self.stopped.get_or_insert_with(Instant::now);
+        }
+        let step = entry.step.name();
+        tracing::debug!(step, "enter");
+        entry.step.enter(meanwhile).map_err(|source| PlanError { step, source })?;
+        entry.entered = true;
+        Ok(true)
     }
 
     /// Takes back every entered step, last entered first. Then the plan can be entered again.
@@ -137,8 +158,9 @@ impl fmt::Display for Plan {
             "check that nothing was written since",
             "hand over",
         ];
+        let release = self.names(Phase::Release);
         let quiesce = self.names(Phase::Quiesce).chain(last.map(String::from));
-        for (number, step) in precopy.chain(quiesce).enumerate() {
+        for (number, step) in precopy.chain(release).chain(quiesce).enumerate() {
             writeln!(f, "{:>3}. {step}", number + 1)?;
         }
         Ok(())
@@ -165,7 +187,8 @@ mod tests {
         fn name(&self) -> String {
             self.0.into()
         }
-        fn enter(&mut self) -> Result<(), StepFailure> {
+        fn enter(&mut self, meanwhile: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
+            meanwhile()?;
             if self.0 == "jam" {
                 return Err("it is stuck".into());
             }
@@ -185,7 +208,11 @@ mod tests {
         (plan, log)
     }
 
-    use Phase::{Precopy, Quiesce};
+    use Phase::{Precopy, Quiesce, Release};
+
+    fn go_on() -> Result<(), StepFailure> {
+        Ok(())
+    }
 
     #[test]
     fn the_last_phase_runs_in_the_documented_order() {
@@ -196,16 +223,29 @@ mod tests {
             (Precopy, Priority::ASSIGNED, "track"),
             (Quiesce, Priority::RELAYS, "relays"),
             (Quiesce, Priority::ASSIGNED_P2P, "p2p a"),
-            (Quiesce, Priority::GUEST, "ask"),
+            (Release, Priority::GUEST, "pause"),
+            (Release, Priority::EVICT, "evict"),
             (Quiesce, Priority::ASSIGNED_P2P, "p2p b"),
         ]);
-        let order = ["ask", "vcpus", "p2p a", "p2p b", "stop", "relays", "irqchip"];
+        let order = ["vcpus", "p2p a", "p2p b", "stop", "relays", "irqchip"];
         assert!(plan.names(Quiesce).eq(order));
-        plan.enter(Precopy).unwrap();
-        plan.enter(Quiesce).unwrap();
+        assert!(plan.names(Release).eq(["evict", "pause"]));
+        for phase in [Precopy, Release, Quiesce] {
+            plan.enter(phase, &mut go_on).unwrap();
+        }
         let entered: Vec<_> = log.lock().unwrap().iter().map(|line| line[1..].to_owned()).collect();
-        assert_eq!(entered[0], "track");
-        assert_eq!(entered[1..], order);
+        assert_eq!(entered[..3], ["track", "evict", "pause"]);
+        assert_eq!(entered[3..], order);
+    }
+
+    #[test]
+    fn a_step_that_waits_hears_that_someone_wishes_to_stop() {
+        let (mut plan, log) = plan(&[(Release, Priority::EVICT, "evict")]);
+        let error = plan.enter(Release, &mut || Err("stop".into())).unwrap_err();
+        assert_eq!(error.source().unwrap().to_string(), "stop");
+        assert!(log.lock().unwrap().is_empty());
+        assert!(plan.enter_next(Release, &mut go_on).unwrap());
+        assert!(!plan.enter_next(Release, &mut go_on).unwrap(), "each step once");
     }
 
     #[test]
@@ -216,8 +256,8 @@ mod tests {
             (Quiesce, Priority::ASSIGNED, "jam"),
             (Quiesce, Priority::RELAYS, "d"),
         ]);
-        plan.enter(Precopy).unwrap();
-        let error = plan.enter(Quiesce).unwrap_err();
+        plan.enter(Precopy, &mut go_on).unwrap();
+        let error = plan.enter(Quiesce, &mut go_on).unwrap_err();
         assert_eq!(error.to_string(), "cannot jam");
         assert_eq!(error.source().unwrap().to_string(), "it is stuck");
         plan.undo();
@@ -229,11 +269,11 @@ mod tests {
     fn downtime_starts_with_the_vcpus_and_ends_with_undo() {
         let (mut plan, _) =
             plan(&[(Precopy, Priority::VCPUS, "a"), (Quiesce, Priority::GUEST, "b")]);
-        plan.enter(Precopy).unwrap();
-        plan.enter(Quiesce).unwrap();
+        plan.enter(Precopy, &mut go_on).unwrap();
+        plan.enter(Quiesce, &mut go_on).unwrap();
         assert_eq!(plan.stopped(), None);
         plan.at(Quiesce, Priority::VCPUS, Logged("stop", Log::default()));
-        plan.enter(Quiesce).unwrap();
+        plan.enter(Quiesce, &mut go_on).unwrap();
         assert!(plan.stopped().is_some());
         plan.undo();
         assert_eq!(plan.stopped(), None);

@@ -11,6 +11,8 @@ pub enum Stage {
     Preparing,
     /// The guest runs, its memory is copied.
     Copying,
+    /// The guest runs, and is asked to let go of devices.
+    Releasing,
     /// The guest stands still.
     Stopped,
     /// The guest was given away, the answer is due.

@@ -13,13 +13,16 @@ use crate::error::{Error, Failure, one_line};
 use crate::guest::Departing;
 use crate::handover::{Giving, GivingEvent, Token, Verdict};
 use crate::patience::{Cancel, Patience, TICK};
-use crate::plan::Phase;
+use crate::plan::{Phase, StepFailure};
 use crate::policy::{Decision, Policy};
 use crate::progress::{Progress, Stage, Watch};
 use crate::ram::{self, PAGE, PageBitmap};
 use crate::report::{Report, Status, milliseconds};
 use crate::state::StateWriter;
 use crate::wire::{Channel, Message, Pace, Stream};
+
+/// How often a peer that has nothing to do is told that this side is alive.
+const ALIVE: Duration = Duration::from_secs(1);
 
 /// How to move a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,9 +73,12 @@ pub fn send<G: Departing, S: Stream>(
         watch: &mut watch,
         report: &mut report,
         progress: Progress::default(),
+        start,
     };
     let outcome = source.run();
-    report.total_ms = milliseconds(start.elapsed());
+    if report.total_ms == 0 {
+        report.total_ms = milliseconds(start.elapsed());
+    }
     report.devices = guest.devices();
     match outcome {
         Ok(()) => {
@@ -91,10 +97,12 @@ struct Source<'a, 'w, G: Departing, C> {
     watch: &'a mut Watch<'w>,
     report: &'a mut Report,
     progress: Progress,
+    start: Instant,
 }
 
 impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> {
     fn run(mut self) -> Result<(), Error> {
+        self.prepare()?;
         let mut peer = self.greet(self.options.patience.silence)?;
         self.travel(&mut peer).map_err(|error| parting(&mut peer, error))
     }
@@ -106,12 +114,24 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
             return Ok(());
         }
         let left = self.precopy(peer)?;
+        let left = self.release(peer, left)?;
         self.quiesce(peer)?;
         self.rest_of_memory(peer, left)?;
         self.state(peer)?;
         self.nothing_wrote_since()?;
         self.end(peer, token)?;
         self.commit(peer, token)
+    }
+
+    /// Before anybody is asked: can it leave at all?
+    fn prepare(&mut self) -> Result<(), Error> {
+        let cancel = self.watch.cancel.clone();
+        let mut meanwhile =
+            || if cancel.is_cancelled() { Err(Error::Cancelled.into()) } else { Ok(()) };
+        let prepared = self.custody.guest().prepare(&mut meanwhile);
+        prepared.map_err(
+            |error| if cancel.is_cancelled() { Error::Cancelled } else { Error::Stays(error) },
+        )
     }
 
     fn greet(&mut self, silence: Duration) -> Result<Channel<S>, Error> {
@@ -138,10 +158,36 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
     /// All memory, then again what was written meanwhile, until little is left: gives that.
     fn precopy(&mut self, peer: &mut Channel<S>) -> Result<PageBitmap, Error> {
         peer.now("while it was sent memory");
-        let guest = self.custody.guest();
-        guest.dirty().start()?;
-        guest.plan().enter(Phase::Precopy)?;
-        let mut pages = PageBitmap::full(guest.ram());
+        self.custody.guest().dirty().start()?;
+        self.enter(peer, Phase::Precopy)?;
+        let all = PageBitmap::full(self.custody.guest().ram());
+        self.until_little_is_left(peer, all)
+    }
+
+    /// The guest lets go of devices, one step after the other; runs on, and writes on.
+    fn release(&mut self, peer: &mut Channel<S>, left: PageBitmap) -> Result<PageBitmap, Error> {
+        peer.now("while the guest let go of devices");
+        let mut pages = left;
+        self.show(peer, Stage::Releasing);
+        while self.enter_next(peer, Phase::Release)? {
+            let guest = self.custody.guest();
+            guest.dirty().collect(&mut pages)?;
+            let left = [pages.count() * PAGE];
+            match self.options.policy.decide(&left, peer.rate(), guest.state_size()) {
+                Decision::SwitchOver { .. } => {}
+                Decision::Continue => pages = self.until_little_is_left(peer, pages)?,
+            }
+            self.show(peer, Stage::Releasing);
+        }
+        Ok(pages)
+    }
+
+    /// Sends `pages`, and again what was written meanwhile, until little is left: gives that.
+    fn until_little_is_left(
+        &mut self,
+        peer: &mut Channel<S>,
+        mut pages: PageBitmap,
+    ) -> Result<PageBitmap, Error> {
         let mut pace = Pace::new(self.options.bandwidth_limit);
         let mut left = Vec::new();
         loop {
@@ -169,7 +215,32 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
         peer.now("while the guest was stopped");
         peer.set_deadline(Some(Instant::now() + self.options.patience.stopped));
         self.show(peer, Stage::Stopped);
-        Ok(self.custody.guest().plan().enter(Phase::Quiesce)?)
+        self.enter(peer, Phase::Quiesce)
+    }
+
+    fn enter(&mut self, peer: &mut Channel<S>, phase: Phase) -> Result<(), Error> {
+        while self.enter_next(peer, phase)? {}
+        Ok(())
+    }
+
+    /// Runs the next step of the plan, if there is one; the peer hears that this side is alive.
+    fn enter_next(&mut self, peer: &mut Channel<S>, phase: Phase) -> Result<bool, Error> {
+        let cancel = self.watch.cancel.clone();
+        let mut said = Instant::now();
+        let mut meanwhile = || -> Result<(), StepFailure> {
+            if cancel.is_cancelled() {
+                return Err(Error::Cancelled.into());
+            }
+            if said.elapsed() >= ALIVE {
+                peer.send(&Message::Alive)?;
+                said = Instant::now();
+            }
+            Ok(())
+        };
+        match self.custody.guest().plan().enter_next(phase, &mut meanwhile) {
+            Err(_) if cancel.is_cancelled() => Err(Error::Cancelled),
+            entered => Ok(entered?),
+        }
     }
 
     /// What was left, and what was written since.
@@ -244,6 +315,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
                 self.runs_there();
                 let _unheard = peer.send(&Message::Done(token)); // it stops listening in time
                 self.account(peer);
+                self.settle(peer);
                 Ok(Verdict::Running)
             }
             Message::Answer(verdict) if verdict != Verdict::Unknown => Ok(verdict),
@@ -283,7 +355,23 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
         }
     }
 
+    /// Hears when its devices serve the guest again. Nothing but the report depends on it.
+    fn settle(&mut self, peer: &mut Channel<S>) {
+        let until = Instant::now() + self.options.patience.settling;
+        while !self.custody.guest().devices().is_empty() {
+            match peer.receive_message(until.saturating_duration_since(Instant::now())) {
+                Ok(Message::Back(id)) => self.custody.guest().is_back(&id),
+                Ok(Message::Settled) => break,
+                Ok(_) | Err(_) => {
+                    tracing::warn!("the destination did not say whether the guest has its devices");
+                    break;
+                }
+            }
+        }
+    }
+
     fn runs_there(&mut self) {
+        self.report.total_ms = milliseconds(self.start.elapsed());
         let stopped = self.custody.guest().plan().stopped();
         self.report.downtime_ms = stopped.map_or(0, |since| milliseconds(since.elapsed()));
     }

@@ -81,7 +81,13 @@ fn meet<H: Host, S: Stream>(
         return Ok(None);
     }
     peer.now("before it sent memory");
-    match peer.receive(patience.silence)? {
+    let first = loop {
+        match peer.receive(patience.silence)? {
+            Received::Message(Message::Alive) => {}
+            first => break first,
+        }
+    };
+    match first {
         first @ (Received::Ram { .. } | Received::Zero(_)) => Ok(Some((peer, guest, token, first))),
         Received::Message(other) => Err(peer.unexpected(&other).into()),
         Received::State(_) => Err(peer.garbage("state".into()).into()),

@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::compat::{Mismatch, Offer, Profile, Rule, agree};
 use crate::guest::{Arriving, Departing, Host};
-use crate::plan::{Phase, Plan, Priority, Step, StepFailure};
+use crate::plan::{Meanwhile, Phase, Plan, Priority, Step, StepFailure};
 use crate::ram::{DirtySet, OwnWrites, PAGE, Ram};
 use crate::report::Device;
 use crate::state::{Saved, StateError, StateReader, StateWriter};
@@ -138,7 +138,7 @@ impl Step for StopVcpu {
     fn name(&self) -> String {
         "stop 1 vCPU".into()
     }
-    fn enter(&mut self) -> Result<(), StepFailure> {
+    fn enter(&mut self, _: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
         *self.running.lock().unwrap() = false;
         self.world.here.store(false, Ordering::SeqCst);
         Ok(())
@@ -156,7 +156,7 @@ impl Step for Stuck {
     fn name(&self) -> String {
         "stop the stuck device".into()
     }
-    fn enter(&mut self) -> Result<(), StepFailure> {
+    fn enter(&mut self, _: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
         Err("it does not answer".into())
     }
     fn undo(&mut self) {
@@ -170,7 +170,7 @@ impl Step for FlushRelay {
     fn name(&self) -> String {
         "flush the relay".into()
     }
-    fn enter(&mut self) -> Result<(), StepFailure> {
+    fn enter(&mut self, _: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
         Ok(self.0.write_slice(b"relayed", GuestAddress(HIGH))?)
     }
     fn undo(&mut self) {}
@@ -180,7 +180,8 @@ pub(super) struct FakeGuest {
     pub(super) ram: Ram,
     vcpu: Vcpu,
     dirty: DirtySet,
-    plan: Plan,
+    pub(super) plan: Plan,
+    pub(super) devices: Vec<Device>,
     fault: Fault,
 }
 
@@ -206,7 +207,7 @@ impl FakeGuest {
             plan.at(Phase::Quiesce, Priority::RELAYS, FlushRelay(ram.clone()));
         }
         world.here.store(true, Ordering::SeqCst);
-        Self { ram, vcpu, dirty, plan, fault }
+        Self { ram, vcpu, dirty, plan, devices: vec![], fault }
     }
 
     /// Lets its vCPU write `pages` pages from `first` on, over and over.
@@ -220,6 +221,9 @@ impl FakeGuest {
 }
 
 impl Departing for FakeGuest {
+    fn prepare(&mut self, meanwhile: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
+        meanwhile()
+    }
     fn offer(&self) -> Offer {
         let profile = Profile::new().with("device", Rule::Eq, "lamp").with("cpus", Rule::Eq, 1);
         Offer { name: "fake".into(), config: vec![1, 2, 3], profile, ram: vec![] }
@@ -243,7 +247,10 @@ impl Departing for FakeGuest {
         64
     }
     fn devices(&self) -> Vec<Device> {
-        vec![]
+        self.devices.clone()
+    }
+    fn is_back(&mut self, id: &str) {
+        self.devices.iter_mut().filter(|device| device.id == id).for_each(|d| d.paused_ms = 1);
     }
 }
 

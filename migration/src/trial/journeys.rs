@@ -24,6 +24,7 @@ pub(super) fn patience() -> Patience {
         silence: milliseconds(2000),
         stopped: milliseconds(5000),
         running: milliseconds(300),
+        settling: milliseconds(1000),
         asking: milliseconds(200),
         answering: milliseconds(1500),
     }
@@ -94,7 +95,9 @@ fn try_all(
     let destination = thread::Builder::new().spawn(move || {
         let progress = &mut |_: &Progress| {};
         let watch = Watch { progress, cancel: waits, record: there };
-        receive(&mut host, door, &patience, watch)
+        let mut arrived = receive(&mut host, door, &patience, watch);
+        arrived.iter_mut().for_each(|arrived| arrived.homecoming.back("net0"));
+        arrived
     });
     let watch = Watch { progress: &mut |_| {}, cancel, record: here };
     let sent = send(&mut guest, || network.connect(), options, watch);

@@ -1,5 +1,6 @@
 //! Both ends in one process: a fake guest, a network that breaks, peers that lie.
 
+mod devices;
 mod fake;
 mod faults;
 mod journeys;

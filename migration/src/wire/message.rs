@@ -25,6 +25,8 @@ pub enum Message {
     RoundEnd,
     /// Destination: and all of it arrived.
     RoundTaken,
+    /// Source: nothing to tell; it waits for its guest.
+    Alive,
     /// Source: everything was sent.
     End(Totals),
     /// Destination: everything is loaded, and nothing runs.
@@ -35,6 +37,10 @@ pub enum Message {
     Running(Token),
     /// Source: nobody will ask any more.
     Done(Token),
+    /// Destination: the assigned device of this name serves the guest again.
+    Back(String),
+    /// Destination: and that was the last.
+    Settled,
     /// Source, on a new connection: who has the guest?
     Query(Token),
     /// Destination: the answer to that.
@@ -52,11 +58,14 @@ impl Message {
             Self::Mismatched(_) => "MISMATCHED",
             Self::RoundEnd => "ROUND END",
             Self::RoundTaken => "ROUND TAKEN",
+            Self::Alive => "ALIVE",
             Self::End(_) => "END",
             Self::Ready(_) => "READY",
             Self::Commit(_) => "COMMIT",
             Self::Running(_) => "RUNNING",
             Self::Done(_) => "DONE",
+            Self::Back(_) => "BACK",
+            Self::Settled => "SETTLED",
             Self::Query(_) => "QUERY",
             Self::Answer(_) => "ANSWER",
             Self::GaveUp(_) => "GAVE UP",
