@@ -6,6 +6,7 @@ pub mod capability;
 #[cfg(test)]
 mod fuzz;
 pub mod host;
+pub mod identity;
 pub mod intx;
 pub mod msi;
 pub mod msix;
@@ -16,6 +17,8 @@ pub mod topology;
 
 use std::fmt;
 use std::sync::Arc;
+
+use migration::state::Migratable;
 
 use crate::irq::Line;
 
@@ -84,7 +87,9 @@ pub struct Bar {
 /// Any vCPU may call at any time: a function locks its own registers. It never calls the topology:
 /// what must happen beyond its registers it reports as an [`Effect`], and the topology acts when
 /// the function's lock is gone.
-pub trait PciFunction: Send + Sync {
+/// What moves with the guest is its registers. Loaded, they take effect once the topology is
+/// loaded as well.
+pub trait PciFunction: Migratable + Send + Sync {
     /// Reads configuration space; `offset` and `data` lie within its 4096 bytes.
     fn read_config(&self, offset: u16, data: &mut [u8]);
     /// Writes configuration space.

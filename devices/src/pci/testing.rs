@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use migration::state::{Migratable, StateError, StateReader, StateWriter};
+
 use super::bar::Layout;
 use super::bridge::{SlotBridge, Windows};
 use super::host::HostBridge;
@@ -75,6 +77,16 @@ impl Card {
 
     pub(crate) fn assert_intx(&self) {
         self.intx.lock().unwrap().as_ref().unwrap().set(true);
+    }
+}
+
+impl Migratable for Card {
+    fn save(&self, _: &mut StateWriter) -> Result<(), StateError> {
+        Ok(())
+    }
+
+    fn load(&self, _: &mut StateReader<'_>) -> Result<(), StateError> {
+        Ok(())
     }
 }
 

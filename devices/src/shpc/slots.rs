@@ -110,6 +110,12 @@ impl Slots {
         if known { Ok(index) } else { Err(SlotError::NoSlot(number)) }
     }
 
+    /// The function of the card in slot `number`.
+    #[must_use]
+    pub fn function(&self, number: u8) -> Option<Arc<dyn PciFunction>> {
+        self.topology.get(self.place(number).ok()?)
+    }
+
     /// How slot `number` stands.
     ///
     /// # Errors

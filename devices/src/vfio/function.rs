@@ -5,6 +5,9 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use migration::state::{Migratable, Saved, StateError, StateReader, StateWriter};
+use serde::{Deserialize, Serialize};
+
 use super::attention::{Attention, Owner};
 use super::container::Container;
 use super::error::Error;
@@ -17,8 +20,8 @@ use crate::direct::DirectMap;
 use crate::irq::{Line, Messages};
 use crate::pci::bar::{COUNT, Layout};
 use crate::pci::msi::Msi;
-use crate::pci::msix::{Capability, Msix};
-use crate::pci::registers::{COMMAND, INTERRUPT_PIN, Registers, command};
+use crate::pci::msix::{Capability, Control, Msix, MsixV1};
+use crate::pci::registers::{COMMAND, INTERRUPT_PIN, Registers, RegistersV1, command};
 use crate::pci::{Bar, Effect, PciFunction};
 
 /// What a device needs of the machine that it is put into.
@@ -355,5 +358,49 @@ impl PciFunction for VfioFunction {
     fn reset(&self) {
         let mut state = self.lock();
         self.restart(&mut state);
+    }
+}
+
+/// What is ours of it. What is the device's own stays behind: the guest's driver builds it anew.
+#[derive(Serialize, Deserialize)]
+struct VfioFunctionV1 {
+    registers: RegistersV1,
+    table: Option<MsixV1>,
+}
+
+impl Saved for VfioFunctionV1 {
+    const KIND: &'static str = "vfio-function";
+    const VERSION: u16 = 1;
+}
+
+impl Migratable for VfioFunction {
+    fn save(&self, out: &mut StateWriter) -> Result<(), StateError> {
+        let State { registers, table, .. } = &*self.lock();
+        out.put(&VfioFunctionV1 {
+            registers: registers.save(),
+            table: table.as_ref().map(Msix::save),
+        })
+    }
+
+    fn load(&self, from: &mut StateReader<'_>) -> Result<(), StateError> {
+        let VfioFunctionV1 { registers, table } = from.take()?;
+        let invalid = StateError::invalid::<VfioFunctionV1>;
+        let mut state = self.lock();
+        let (mut new_registers, mut new_table) = (state.registers.clone(), state.table.clone());
+        new_registers.load(&registers).map_err(invalid)?;
+        match (&mut new_table, table) {
+            (Some(own), Some(saved)) => {
+                own.load(saved).map_err(invalid)?;
+                // Not yet: it is switched on as the registers say, which routes its vectors.
+                own.set_control(Control::default());
+            }
+            (None, None) => {}
+            _ => return Err(invalid("only one of the two devices has an interrupt table")),
+        }
+        state.interrupts.off();
+        (state.registers, state.table) = (new_registers, new_table);
+        self.command(&state);
+        self.choose_interrupts(&mut state);
+        Ok(())
     }
 }

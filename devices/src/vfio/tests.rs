@@ -2,6 +2,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use migration::state::testing::{assert_refuses_junk, assert_round_trip};
 use proptest::prelude::*;
 
 use super::function::VfioFunction;
@@ -11,6 +12,7 @@ use super::testing::{
 };
 use crate::direct::PAGE;
 use crate::irq::Message;
+use crate::pci::identity::Identity;
 use crate::pci::registers::command;
 use crate::pci::{Effect, PciFunction};
 
@@ -393,4 +395,29 @@ proptest! {
             function.reset();
         }
     }
+}
+
+#[test]
+fn another_function_takes_the_place_of_one_whose_guest_moved() {
+    let (_, _, from) = scene();
+    write(&from, 0x10, &[0, 0, 0, 0xd0, 1, 0, 0, 0]);
+    put(&from, COMMAND, command::MEMORY);
+    put(&from, MSIX_CONTROL, MSIX_ENABLE);
+    entry(&from, 0, 0x31, false);
+    entry(&from, 1, 0x32, true);
+    let (fake, world, to) = scene();
+    assert_round_trip(&from, &to);
+    assert_eq!(Identity::of(&from), Identity::of(&to));
+    assert_eq!(routes(&world)[0], message(0x31), "its interrupts go where the guest had them go");
+    assert!(!routes(&world).contains(&message(0x32)), "but for those that are masked");
+    assert!(fake.take().iter().any(|deed| matches!(deed, Deed::Signals(Interrupt::Msix, ..))));
+    assert_eq!(to.bars()[0].address, 0x1_d000_0000);
+    assert!(to.bars()[0].decoding);
+}
+
+#[test]
+fn no_state_that_nobody_saved_is_taken() {
+    let (_, _, function) = scene();
+    put(&function, MSIX_CONTROL, MSIX_ENABLE);
+    assert_refuses_junk(&function);
 }

@@ -7,6 +7,7 @@ use devices::irq::{Line, Message, Messages, Vector};
 use devices::pci::bridge::{SlotBridge, Windows};
 use devices::pci::topology::{Place, ROOT, Surroundings, Topology};
 use devices::pci::{Bar, Effect};
+use migration::state::{Migratable, StateError, StateReader, StateWriter};
 
 use super::*;
 
@@ -41,6 +42,16 @@ impl Messages for Unheard {
 
 /// A function that has nothing but a place.
 struct Bare;
+
+impl Migratable for Bare {
+    fn save(&self, _: &mut StateWriter) -> Result<(), StateError> {
+        Ok(())
+    }
+
+    fn load(&self, _: &mut StateReader<'_>) -> Result<(), StateError> {
+        Ok(())
+    }
+}
 
 impl PciFunction for Bare {
     fn read_config(&self, _: u16, data: &mut [u8]) {
