@@ -4,6 +4,7 @@
 //! finds them so leaves them alone, and they are wide enough for devices that come later.
 
 mod header;
+mod migration_block;
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -20,6 +21,8 @@ use crate::irq::{Line, Messages};
 use crate::shpc::{Controller, ControllerV1, FIRST_NUMBER, View};
 pub use header::Windows;
 use header::is_reset;
+pub use migration_block::BlockView;
+use migration_block::MigrationBlock;
 
 /// Red Hat's identifier of a PCI-to-PCI bridge that no hardware has (QEMU's `pci-bridge`), so that
 /// no driver thinks of the quirks of a real one.
@@ -42,13 +45,15 @@ const CHASSIS: u16 = 3;
 pub trait SlotEvents: Send + Sync {
     /// The state, the lights or the card of `slot`, counted from 0, changed from `was` to `is`.
     fn changed(&self, slot: u8, was: View, is: View);
+    /// The guest wrote to the migration block.
+    fn told(&self);
 }
 
 struct State {
     registers: Registers,
     shpc: Controller,
-    /// The message of the interrupt that stands has been sent.
-    sent: bool,
+    /// The message of the interrupt that stands has been sent: the controller's, and the block's.
+    sent: [bool; 2],
     intx: Option<Arc<dyn Line>>,
 }
 
@@ -56,6 +61,7 @@ struct State {
 pub struct SlotBridge {
     msi: Msi,
     shpc_at: u16,
+    block: MigrationBlock,
     bar: Layout,
     messages: Arc<dyn Messages>,
     events: OnceLock<Arc<dyn SlotEvents>>,
@@ -87,10 +93,11 @@ impl SlotBridge {
         let slot_id = chain.add(&mut registers, id::SLOT_ID, 4);
         registers.constant(slot_id + EXPANSION, shpc.slots() | FIRST_IN_CHASSIS);
         registers.writable(slot_id + CHASSIS, FIRST_NUMBER, 0xff_u8);
+        let block = MigrationBlock::add(&mut chain, &mut registers, shpc.slots());
 
-        let state = State { registers, shpc, sent: false, intx: None };
+        let state = State { registers, shpc, sent: [false; 2], intx: None };
         let (events, state) = (OnceLock::new(), Mutex::new(state));
-        Arc::new(Self { msi, shpc_at, bar, messages, events, state })
+        Arc::new(Self { msi, shpc_at, block, bar, messages, events, state })
     }
 
     /// Names who hears of the slots; only the first to be named does.
@@ -117,26 +124,57 @@ impl SlotBridge {
         result
     }
 
+    /// What host and guest wrote to the migration block.
+    pub fn block(&self) -> BlockView {
+        self.block.view(&self.lock().registers)
+    }
+
+    /// Tells the guest whether dirtying is wanted.
+    pub fn want_dirtying(&self, wanted: bool) {
+        self.want(|block, registers| block.want_dirtying(registers, wanted));
+    }
+
+    /// Asks the guest to pause `slots`, one bit for each, counted from 0.
+    pub fn ask_to_pause(&self, slots: u32) {
+        self.want(|block, registers| block.ask_to_pause(registers, slots));
+    }
+
+    /// Tells the guest that nothing needs to be paused any more.
+    pub fn let_resume(&self) {
+        self.want(MigrationBlock::let_resume);
+    }
+
+    fn want(&self, change: impl FnOnce(MigrationBlock, &mut Registers)) {
+        let mut state = self.lock();
+        change(self.block, &mut state.registers);
+        self.interrupt(&mut state);
+    }
+
     /// Makes the interrupt follow the registers.
     ///
-    /// The line is a level; a message is sent each time that it rises, so that a driver which masks
-    /// and unmasks again hears of what came in between.
+    /// The line is a level. A message is sent each time that the controller or the block begins to
+    /// want one, so that a driver which masks and unmasks again hears of what came in between,
+    /// whatever the driver of the other is about.
     fn interrupt(&self, state: &mut State) {
         let State { registers, shpc, sent, intx } = state;
-        let asserted = shpc.interrupts();
+        let sources = [shpc.interrupts(), self.block.interrupts(registers)];
+        let asserted = sources != [false; 2];
         let now: u16 = registers.get(STATUS);
         let flag = if asserted { status::INTERRUPT } else { 0 };
         registers.set(STATUS, now & !status::INTERRUPT | flag);
         let command: u16 = registers.get(COMMAND);
         let by_message = self.msi.is_enabled(registers);
-        let may_send = asserted && by_message && command & command::MASTER != 0;
-        if may_send
-            && !*sent
-            && let Some(message) = self.msi.message(registers, 0)
-        {
-            self.messages.send(message);
+        let may_send = by_message && command & command::MASTER != 0;
+        for (wants, sent) in sources.into_iter().zip(sent) {
+            if wants
+                && may_send
+                && !*sent
+                && let Some(message) = self.msi.message(registers, 0)
+            {
+                self.messages.send(message);
+            }
+            *sent = wants && may_send;
         }
-        *sent = may_send;
         if let Some(line) = intx {
             line.set(asserted && !by_message && command & command::INTX_DISABLE == 0);
         }
@@ -158,13 +196,16 @@ impl SlotBridge {
             let (was, is) = (before.view(slot)?, state.shpc.view(slot)?);
             (was != is).then_some((slot, was, is))
         });
-        Changes { effect, views: views.collect() }
+        Changes { effect, views: views.collect(), told: false }
     }
 
     fn report(&self, changes: Changes) -> Effect {
         if let Some(events) = self.events.get() {
             for (slot, was, is) in changes.views {
                 events.changed(slot, was, is);
+            }
+            if changes.told {
+                events.told();
             }
         }
         changes.effect
@@ -190,6 +231,8 @@ impl SlotBridge {
 struct Changes {
     effect: Effect,
     views: Vec<(u8, View, View)>,
+    /// The guest wrote to the migration block.
+    told: bool,
 }
 
 impl PciFunction for SlotBridge {
@@ -211,8 +254,11 @@ impl PciFunction for SlotBridge {
                 let at = 4 * self.selected(&state.registers) + at;
                 self.drive(&mut state, |shpc| shpc.write(at, &data[bytes]))
             }
-            None => Changes { effect: Effect::None, views: Vec::new() },
+            None => Changes { effect: Effect::None, views: Vec::new(), told: false },
         };
+        let end =
+            u16::try_from(data.len()).map_or(u16::MAX, |length| offset.saturating_add(length));
+        changes.told = self.block.wrote(&mut state.registers, &(offset..end));
         self.interrupt(&mut state);
         let (was, is) = (is_reset(&before), is_reset(&state.registers));
         if is && !was {
@@ -293,7 +339,7 @@ impl Migratable for SlotBridge {
         let (mut new_registers, mut shpc) = (state.registers.clone(), state.shpc.clone());
         new_registers.load(&registers).map_err(StateError::invalid::<SlotBridgeV1>)?;
         shpc.load(&controller).map_err(StateError::invalid::<SlotBridgeV1>)?;
-        (state.registers, state.shpc, state.sent) = (new_registers, shpc, false);
+        (state.registers, state.shpc, state.sent) = (new_registers, shpc, [false; 2]);
         self.interrupt(&mut state);
         Ok(())
     }

@@ -32,6 +32,8 @@ struct Bench {
     ecam: Ecam,
     slots: Arc<Slots>,
     cards: BTreeMap<u8, Arc<Card>>,
+    /// What the host wants of the migration block: dirtying, and which slots paused.
+    wants: (bool, Option<u32>),
 }
 
 impl Bench {
@@ -40,7 +42,8 @@ impl Bench {
         let slots = Slots::new(board.topology.clone(), board.bridge.clone(), board.behind);
         let ports = ConfigPorts::new(board.topology.clone(), Arc::new(Nobody));
         let ecam = Ecam::new(board.topology.clone());
-        let mut bench = Self { board, ports, ecam, slots, cards: BTreeMap::new() };
+        let mut bench =
+            Self { board, ports, ecam, slots, cards: BTreeMap::new(), wants: (false, None) };
         let card = Card::new();
         bench.slots.insert_cold(1, card.clone()).unwrap();
         bench.cards.insert(1, card);
@@ -73,7 +76,8 @@ impl Bench {
             7..=9 => drop(self.board.mmio.write(WORKING_REGISTERS + at % 0x40, data)),
             10 => self.ecam.write(at << 4, data),
             11 => self.ports.write(at % 8, data),
-            12 => self.ports.read(at % 8, &mut vec![0xff; data.len()]),
+            12 if place & 8 == 0 => self.ports.read(at % 8, &mut vec![0xff; data.len()]),
+            12 => self.want(place, data),
             13 => {
                 let card = Card::new();
                 if self.slots.plug(number, card.clone()).is_ok() {
@@ -94,9 +98,31 @@ impl Bench {
         }
     }
 
+    /// The host changes what it wants of the migration block.
+    fn want(&mut self, place: u16, numbers: &[u8]) {
+        match place >> 4 & 3 {
+            0 | 1 => {
+                self.wants.0 = place & 0x10 != 0;
+                self.slots.want_dirtying(self.wants.0);
+            }
+            2 => match self.slots.ask_to_pause(numbers) {
+                Ok(()) => self.wants.1 = Some(self.slots.mask(numbers).unwrap()),
+                Err(error) => assert!(matches!(error, SlotError::NoSlot(_)), "{error}"),
+            },
+            _ => {
+                self.wants.1 = None;
+                self.slots.let_resume();
+            }
+        }
+    }
+
     /// What holds whatever the guest does.
     fn check(&self) {
         let windows = [0x1000..0x1_0000, MEMORY..0xe000_0000, PREFETCHABLE..2 * PREFETCHABLE];
+        let block = self.slots.block();
+        let asked = block.wants_pause.then_some(block.asked);
+        assert_eq!((block.wants_dirtying, asked), self.wants, "the guest changed a wish");
+        assert_eq!((block.asked | block.paused | block.unable) >> 4, 0, "there are four slots");
         for (number, card) in &self.cards {
             let status = self.slots.status(*number).unwrap();
             assert!(status.view.card);

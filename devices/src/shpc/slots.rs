@@ -7,7 +7,7 @@ use super::registers::{FIRST_DEVICE, FIRST_NUMBER};
 use super::request::{Progress, Wish};
 use super::slot::{Led, State, View};
 use crate::pci::PciFunction;
-use crate::pci::bridge::{SlotBridge, SlotEvents};
+use crate::pci::bridge::{BlockView, SlotBridge, SlotEvents};
 use crate::pci::topology::{BusId, Place, PlaceError, Topology};
 
 /// Why a card does not go in or come out. Slots are named by the number that the guest knows.
@@ -240,6 +240,42 @@ impl Slots {
         self.topology.remove(self.place(number)?).ok_or(SlotError::Empty(number))
     }
 
+    /// What host and guest wrote to the migration block of the bridge.
+    #[must_use]
+    pub fn block(&self) -> BlockView {
+        self.bridge.block()
+    }
+
+    /// The bits that stand for slots in a [`BlockView`].
+    ///
+    /// # Errors
+    /// There is no slot of one of these numbers.
+    pub fn mask(&self, numbers: &[u8]) -> Result<u32, SlotError> {
+        numbers.iter().try_fold(0, |mask, number| Ok(mask | 1 << self.index(*number)?))
+    }
+
+    /// Tells the guest whether what devices write is to be written by a CPU as well. It does as
+    /// told from when [`BlockView::dirtying_began`] follows; a guest that promises nothing does not.
+    pub fn want_dirtying(&self, wanted: bool) {
+        self.bridge.want_dirtying(wanted);
+    }
+
+    /// Asks the guest to pause what is in the slots of these numbers, and forgets what it answered
+    /// before. It has when [`BlockView::is_answered`].
+    ///
+    /// # Errors
+    /// There is no slot of one of these numbers; nothing is asked then.
+    pub fn ask_to_pause(&self, numbers: &[u8]) -> Result<(), SlotError> {
+        self.bridge.ask_to_pause(self.mask(numbers)?);
+        Ok(())
+    }
+
+    /// Tells the guest to resume what it paused, if only in part. It has when
+    /// [`BlockView::is_resumed`].
+    pub fn let_resume(&self) {
+        self.bridge.let_resume();
+    }
+
     /// How often anything changed; to be given to [`Slots::wait`].
     #[must_use]
     pub fn changes(&self) -> u64 {
@@ -286,6 +322,12 @@ impl SlotEvents for Ear {
             *progress = progress.with(*wish, is);
         }
         drop(requests);
+        slots.changed.notify_all();
+    }
+
+    fn told(&self) {
+        let Some(slots) = self.0.upgrade() else { return };
+        slots.lock().changes += 1;
         slots.changed.notify_all();
     }
 }

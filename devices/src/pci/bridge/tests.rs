@@ -41,7 +41,7 @@ fn shpchp_recognises_it() {
     assert_eq!(board.read(BRIDGE, 0x10), 0xd000_0000_u32.to_le_bytes());
     let chain = capability::walk(|at| board.read::<1>(BRIDGE, at)[0]);
     let ids: Vec<_> = chain.iter().map(|(id, _)| *id).collect();
-    assert_eq!(ids, [id::MSI, id::SHPC, id::SLOT_ID]);
+    assert_eq!(ids, [id::MSI, id::SHPC, id::SLOT_ID, id::VENDOR]);
 }
 
 #[test]
@@ -147,6 +147,10 @@ fn changes_of_a_slot_are_told_with_what_was_and_what_is() {
         fn changed(&self, slot: u8, was: View, is: View) {
             self.0.fetch_add(1, Ordering::SeqCst);
             self.1.lock().unwrap().push((slot, was.state, is.state));
+        }
+
+        fn told(&self) {
+            unreachable!("the block was left alone");
         }
     }
     let board = Board::new();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::pci::testing::{Board, Card, SLOT_1};
+use crate::pci::testing::{BRIDGE, Board, Card, SLOT_1};
 
 const SERR_INT: u64 = 0x20;
 const SLOT: u64 = 0x24;
@@ -157,4 +157,28 @@ fn who_waits_is_woken_by_the_guest_or_by_the_clock() {
         scope.spawn(|| bench.commands(&[0x08]));
         assert_ne!(bench.slots.wait(seen, late), seen);
     });
+}
+
+#[test]
+fn slots_are_paused_by_their_numbers_and_who_waits_hears_the_answer() {
+    const BLOCK: u16 = 0x5c;
+    let bench = bench();
+    assert_eq!(bench.slots.ask_to_pause(&[1, 5]), Err(SlotError::NoSlot(5)));
+    assert!(!bench.slots.block().wants_pause);
+    bench.slots.ask_to_pause(&[1, 3]).unwrap();
+    assert_eq!(bench.slots.block().asked, 0b101);
+    assert_eq!(bench.slots.mask(&[3]), Ok(0b100));
+    let seen = bench.slots.changes();
+    std::thread::scope(|scope| {
+        let late = Instant::now() + Duration::from_secs(60);
+        scope.spawn(|| bench.board.write(BRIDGE, BLOCK + 0x18, &[0b101]));
+        assert_ne!(bench.slots.wait(seen, late), seen);
+    });
+    assert!(bench.slots.block().is_answered());
+    let seen = bench.slots.changes();
+    bench.board.write(BRIDGE, BLOCK - 1, &[0]);
+    assert_eq!(bench.slots.changes(), seen, "that was not to the block");
+    bench.slots.want_dirtying(true);
+    bench.slots.let_resume();
+    assert!(bench.slots.block().wants_dirtying && !bench.slots.block().wants_pause);
 }
