@@ -3,6 +3,7 @@
 
 mod ask;
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,13 +14,16 @@ use std::time::{Duration, Instant};
 use devices::pci::PciFunction;
 use devices::shpc::Slots;
 
-use ask::{Asking, Left, ask_back, put_in};
+pub(crate) use ask::{Asking, put_in, take_back};
+use ask::{Left, ask_back};
 
 use crate::cause;
 use crate::config::{DeviceConfig, DeviceId};
 use crate::control::{Replier, SlotProgress};
 use crate::event::{Event, Events};
 
+/// How long it takes at most to notice that nobody waits any more.
+const TICK: Duration = Duration::from_millis(100);
 /// No wait is longer.
 const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -38,8 +42,27 @@ pub(crate) struct Underway {
 pub(crate) struct Finished {
     /// What the guest has now.
     pub(crate) change: Option<Change>,
-    reply: Replier,
+    asker: Box<dyn Asker>,
     result: Result<u8, String>,
+}
+
+/// Whoever wants a device in or out.
+pub(crate) trait Asker: Send + fmt::Debug {
+    /// The guest has come to another stage.
+    fn tell(&mut self, progress: &SlotProgress);
+
+    /// It is over: the slot that the device is in or was in, or why not.
+    fn finish(self: Box<Self>, result: Result<u8, String>);
+}
+
+impl Asker for Replier {
+    fn tell(&mut self, progress: &SlotProgress) {
+        self.progress(progress);
+    }
+
+    fn finish(self: Box<Self>, result: Result<u8, String>) {
+        Replier::finish(*self, result);
+    }
 }
 
 /// A change of what the guest has.
@@ -95,7 +118,7 @@ impl Underway {
 impl Finished {
     /// Tells whoever asked.
     pub(crate) fn answer(self) {
-        self.reply.finish(self.result);
+        self.asker.finish(self.result);
     }
 }
 
@@ -104,10 +127,10 @@ pub(crate) fn plug(
     order: Order,
     slots: Arc<Slots>,
     open: Opener,
-    reply: Replier,
+    asker: Box<dyn Asker>,
     events: Events,
-) -> Result<Underway, (Replier, io::Error)> {
-    spawn(order, reply, events, move |order, cancel, tell| {
+) -> Result<Underway, (Box<dyn Asker>, io::Error)> {
+    spawn(order, asker, events, move |order, cancel, tell| {
         let Order { device, slot, limit, .. } = order;
         let function = match open(device) {
             Ok(function) => function,
@@ -132,10 +155,10 @@ pub(crate) fn plug(
 pub(crate) fn unplug(
     order: Order,
     slots: Arc<Slots>,
-    reply: Replier,
+    asker: Box<dyn Asker>,
     events: Events,
-) -> Result<Underway, (Replier, io::Error)> {
-    spawn(order, reply, events, move |order, cancel, tell| {
+) -> Result<Underway, (Box<dyn Asker>, io::Error)> {
+    spawn(order, asker, events, move |order, cancel, tell| {
         let asking = Asking::new(&slots, order.slot, deadline(order.limit), cancel, tell);
         match ask_back(asking) {
             Ok(()) => (Ok(order.slot), Some(Change::Out(order.device.id.clone()))),
@@ -147,6 +170,26 @@ pub(crate) fn unplug(
     })
 }
 
+/// Waits until the guest has resumed a device that it paused elsewhere, and finds here.
+pub(crate) fn await_resumed(
+    order: Order,
+    slots: Arc<Slots>,
+    asker: Box<dyn Asker>,
+    events: Events,
+) -> Result<Underway, (Box<dyn Asker>, io::Error)> {
+    spawn(order, asker, events, move |order, cancel, _| {
+        let deadline = deadline(order.limit);
+        let mut seen = slots.changes();
+        while !slots.block().is_resumed() {
+            if cancel.load(Ordering::Relaxed) || Instant::now() > deadline {
+                return (Err("the guest does not say that it resumed its devices".into()), None);
+            }
+            seen = slots.wait(seen, deadline.min(Instant::now() + TICK));
+        }
+        (Ok(order.slot), None)
+    })
+}
+
 fn deadline(limit: Duration) -> Instant {
     Instant::now() + limit.min(LONGEST)
 }
@@ -154,27 +197,27 @@ fn deadline(limit: Duration) -> Instant {
 /// Does `work` on a thread, which sends [`Event::Plugged`] when it is about to end.
 fn spawn(
     order: Order,
-    reply: Replier,
+    asker: Box<dyn Asker>,
     events: Events,
     work: impl FnOnce(&Order, &AtomicBool, &mut dyn FnMut(SlotProgress)) -> Outcome + Send + 'static,
-) -> Result<Underway, (Replier, io::Error)> {
+) -> Result<Underway, (Box<dyn Asker>, io::Error)> {
     let Order { serial, slot, .. } = order;
     let device = order.device.clone();
     let cancel = Arc::new(AtomicBool::new(false));
     let flag = cancel.clone();
     // By a channel, so that whoever asked is answered where no thread can be had.
-    let (hand, take) = channel::<Replier>();
+    let (hand, take) = channel::<Box<dyn Asker>>();
     let thread = Thread::new().name(format!("slot-{slot}")).spawn(move || {
-        let mut reply = take.recv().expect("it is handed over once the thread is there");
-        let (result, change) = work(&order, &flag, &mut |progress| reply.progress(&progress));
+        let mut asker = take.recv().expect("it is handed over once the thread is there");
+        let (result, change) = work(&order, &flag, &mut |progress| asker.tell(&progress));
         events.send(Event::Plugged(serial));
-        Finished { change, reply, result }
+        Finished { change, asker, result }
     });
     match thread {
         Ok(thread) => {
-            hand.send(reply).expect("the thread waits for it");
+            hand.send(asker).expect("the thread waits for it");
             Ok(Underway { serial, device, slot, cancel, thread })
         }
-        Err(error) => Err((reply, error)),
+        Err(error) => Err((asker, error)),
     }
 }

@@ -21,4 +21,5 @@ mod power;
 pub mod progress;
 mod session;
 pub mod signals;
+mod strategy;
 mod vcpu;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use migration::guest::Departing;
 use migration::patience::{Cancel, Patience};
-use migration::plan::Phase;
+use migration::plan::{Phase, Plan};
 use migration::progress::{Stage, Watch};
 use migration::report::{Report, Status};
 use migration::wire::{Listener, connect_tcp, listen_tcp};
@@ -72,13 +72,9 @@ impl Departure {
         let Self { mut guest, request, reply, result } = self;
         let outcome = match result {
             Ok(_) if request.dry_run => {
-                let mut steps = |phase, name: &'static str| {
-                    let steps = guest.plan().names(phase).collect::<Vec<_>>();
-                    steps.into_iter().map(|step| PlannedStep { phase: name.to_owned(), step })
-                };
-                let plan = [(Phase::Precopy, "precopy"), (Phase::Quiesce, "quiesce")];
-                let plan = plan.into_iter().flat_map(|(phase, name)| steps(phase, name)).collect();
-                reply.finish(Ok(DryRun { to: request.to, plan }));
+                let plan = planned_steps(guest.plan());
+                let devices = guest.planned_devices();
+                reply.finish(Ok(DryRun { to: request.to, devices, plan }));
                 return (Outcome::Stayed, guest);
             }
             Ok(report) => {
@@ -99,6 +95,15 @@ impl Departure {
         };
         (outcome, guest)
     }
+}
+
+fn planned_steps(plan: &Plan) -> Vec<PlannedStep> {
+    let phases =
+        [(Phase::Precopy, "precopy"), (Phase::Release, "release"), (Phase::Quiesce, "quiesce")];
+    let steps = phases.into_iter().flat_map(|(phase, name)| {
+        plan.names(phase).map(|step| PlannedStep { phase: name.to_owned(), step })
+    });
+    steps.collect()
 }
 
 /// What came of waiting for a guest.
@@ -253,6 +258,7 @@ fn phase(stage: Stage) -> &'static str {
     match stage {
         Stage::Preparing => "agreeing",
         Stage::Copying => "copying",
+        Stage::Releasing => "releasing devices",
         Stage::Stopped => "switching over",
         Stage::HandingOver => "handing over",
     }

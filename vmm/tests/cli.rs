@@ -68,7 +68,7 @@ fn answer(name: &str, call: Call, waiting: &mut Vec<Replier>, stop: &AtomicBool)
         Request::Migrate(migrate) if migrate.dry_run => {
             let step = |step: &str| PlannedStep { phase: "quiesce".into(), step: step.into() };
             let plan = vec![step("stop vCPUs"), step("last pass over memory")];
-            reply.finish(Ok(DryRun { to: migrate.to, plan }));
+            reply.finish(Ok(DryRun { to: migrate.to, devices: Vec::new(), plan }));
         }
         Request::Migrate(migrate) => {
             reply.progress(&Progress { phase: "copying".into(), ..Progress::default() });

@@ -14,8 +14,8 @@ use super::{Failure, Outcome, Vm, complain, duration, print};
 use crate::cause;
 use crate::config::{Address, AddressError, Size, SizeError, VmName};
 use crate::control::{
-    Client, ClientError, DryRun, MigrateRequest, MigrationReport, MigrationStatus, Progress,
-    Request, RuntimeDir,
+    Client, ClientError, DryRun, MigrateRequest, MigrationReport, MigrationStatus, PlannedDevice,
+    Progress, Request, RuntimeDir,
 };
 use crate::progress::{self, Display};
 
@@ -129,11 +129,17 @@ fn outcome_of(
     }
 }
 
-fn page(DryRun { to, plan }: &DryRun) -> String {
+fn page(DryRun { to, devices, plan }: &DryRun) -> String {
     let mut page = format!("{to} agrees. What would be done, in this order:\n");
     let width = plan.iter().map(|step| step.phase.len()).max().unwrap_or(0);
     for step in plan {
         writeln!(page, "  {:width$}  {}", step.phase, step.step).expect("a string takes it");
+    }
+    for PlannedDevice { id, strategy, why, better } in devices {
+        writeln!(page, "{id}: {strategy}: {why}").expect("a string takes it");
+        if let Some(better) = better {
+            writeln!(page, "  better: {better}").expect("a string takes it");
+        }
     }
     page
 }

@@ -1,5 +1,7 @@
 //! The devices of the host that a guest is given.
 
+mod strategy;
+
 use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -9,11 +11,13 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use strategy::{OnTimeout, Strategy};
+
 /// The slots that a bridge can have, as they are numbered for people.
 pub const SLOTS: RangeInclusive<u8> = 1..=31;
 /// The most characters an id may have.
 const LONGEST_ID: usize = 32;
-const FORM: &str = "write vfio,id=ID,host=BDF[,slot=N][,strategy=S]";
+const FORM: &str = "write vfio,id=ID,host=BDF[,slot=N][,strategy=S][,on-timeout=A]";
 
 /// A device of the host that a guest is given: `vfio,id=net0,host=0000:01:10.0`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +31,8 @@ pub struct DeviceConfig {
     pub slot: Option<u8>,
     /// How it migrates.
     pub strategy: Strategy,
+    /// What to do when the guest does not pause it.
+    pub on_timeout: OnTimeout,
 }
 
 /// The name of a guest's device: letters, digits, `.`, `_` and `-`, at most 32.
@@ -42,23 +48,6 @@ pub enum HostDevice {
     Pci(String),
     /// A directory of sysfs: that of a PCI function or of a mediated device.
     Path(PathBuf),
-}
-
-/// How an assigned device takes part in a migration.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Strategy {
-    /// The best way that the device and the guest have.
-    #[default]
-    Auto,
-    /// The guest's driver suspends it and resumes it on the other side.
-    Pause,
-    /// The guest is asked to let go of it, and given another.
-    Evict,
-    /// Its own state is carried over.
-    Native,
-    /// It does not.
-    Refuse,
 }
 
 /// Why a text is no device.
@@ -91,6 +80,9 @@ pub enum DeviceError {
     /// Not a strategy.
     #[error("{0:?} is not a strategy: choose auto, pause, evict, native or refuse")]
     Strategy(String),
+    /// Not something to do.
+    #[error("{0:?} is nothing to do when a guest does not pause a device: choose evict or refuse")]
+    OnTimeout(String),
 }
 
 /// Why devices do not go together.
@@ -139,13 +131,15 @@ struct Table {
     host: Option<HostDevice>,
     slot: Option<u8>,
     strategy: Option<Strategy>,
+    #[serde(rename = "on-timeout")]
+    on_timeout: Option<OnTimeout>,
 }
 
 impl TryFrom<Table> for DeviceConfig {
     type Error = DeviceError;
 
     fn try_from(table: Table) -> Result<Self, DeviceError> {
-        let Table { r#type, id, host, slot, strategy } = table;
+        let Table { r#type, id, host, slot, strategy, on_timeout } = table;
         match r#type.as_deref() {
             Some("vfio") => {}
             Some(other) => return Err(DeviceError::Kind(other.to_owned())),
@@ -159,19 +153,21 @@ impl TryFrom<Table> for DeviceConfig {
             host: host.ok_or(DeviceError::Missing("host="))?,
             slot,
             strategy: strategy.unwrap_or_default(),
+            on_timeout: on_timeout.unwrap_or_default(),
         })
     }
 }
 
 impl From<DeviceConfig> for Table {
     fn from(device: DeviceConfig) -> Self {
-        let DeviceConfig { id, host, slot, strategy } = device;
+        let DeviceConfig { id, host, slot, strategy, on_timeout } = device;
         Table {
             r#type: Some("vfio".to_owned()),
             id: Some(id),
             host: Some(host),
             slot,
             strategy: Some(strategy),
+            on_timeout: Some(on_timeout),
         }
     }
 }
@@ -196,6 +192,7 @@ impl FromStr for DeviceConfig {
                     table.slot.replace(slot).is_none()
                 }
                 "strategy" => table.strategy.replace(value.parse()?).is_none(),
+                "on-timeout" => table.on_timeout.replace(value.parse()?).is_none(),
                 _ => return Err(DeviceError::Setting(setting.to_owned())),
             };
             if !new {
@@ -212,11 +209,13 @@ impl fmt::Display for DeviceConfig {
         if let Some(slot) = self.slot {
             write!(f, ",slot={slot}")?;
         }
-        if self.strategy == Strategy::Auto {
-            Ok(())
-        } else {
-            write!(f, ",strategy={}", self.strategy)
+        if self.strategy != Strategy::default() {
+            write!(f, ",strategy={}", self.strategy)?;
         }
+        if self.on_timeout != OnTimeout::default() {
+            write!(f, ",on-timeout={}", self.on_timeout)?;
+        }
+        Ok(())
     }
 }
 
@@ -291,36 +290,6 @@ impl fmt::Display for HostDevice {
             Self::Pci(address) => f.pad(address),
             Self::Path(path) => path.display().fmt(f),
         }
-    }
-}
-
-impl FromStr for Strategy {
-    type Err = DeviceError;
-
-    fn from_str(text: &str) -> Result<Self, DeviceError> {
-        let all = [Self::Auto, Self::Pause, Self::Evict, Self::Native, Self::Refuse];
-        let found = all.into_iter().find(|strategy| strategy.as_str() == text);
-        found.ok_or_else(|| DeviceError::Strategy(text.chars().take(64).collect()))
-    }
-}
-
-impl Strategy {
-    /// Its name on the command line.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Pause => "pause",
-            Self::Evict => "evict",
-            Self::Native => "native",
-            Self::Refuse => "refuse",
-        }
-    }
-}
-
-impl fmt::Display for Strategy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
     }
 }
 
@@ -401,6 +370,7 @@ mod tests {
             ("vfio,id=a,host=01:10.0,slot=32", "choose 1 to 31"),
             ("vfio,id=a,host=01:10.0,slot=+1", "choose 1 to 31"),
             ("vfio,id=a,host=01:10.0,strategy=fly", "auto, pause"),
+            ("vfio,id=a,host=01:10.0,on-timeout=wait", "choose evict or refuse"),
             ("vfio,id=a,id=b,host=01:10.0", "twice"),
             ("vfio,id=a,host=01:10.0,", "write vfio,id="),
             ("tap,id=a,host=01:10.0", "choose vfio"),
@@ -429,7 +399,7 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_is_accepted_survives_being_written_and_read(
-            text in r"vfio,id=[a-c.]{1,3},host=([0-9a-f]{4,5}:)?[0-9a-fA-F]{2}:[01][0-9a-f]\.[0-9](,slot=[0-9]{1,2})?(,strategy=(auto|pause|evict|native|refuse))?"
+            text in r"vfio,id=[a-c.]{1,3},host=([0-9a-f]{4,5}:)?[0-9a-fA-F]{2}:[01][0-9a-f]\.[0-9](,slot=[0-9]{1,2})?(,strategy=(auto|pause|evict|native|refuse))?(,on-timeout=(evict|refuse))?"
         ) {
             if let Ok(device) = text.parse::<DeviceConfig>() {
                 prop_assert_eq!(device.to_string().parse(), Ok(device.clone()));

@@ -14,7 +14,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use address::{Address, AddressError};
-pub use device::{DeviceConfig, DeviceError, DeviceId, HostDevice, SLOTS, Strategy, TogetherError};
+pub use device::{
+    DeviceConfig, DeviceError, DeviceId, HostDevice, OnTimeout, SLOTS, Strategy, TogetherError,
+};
 pub use host::HugePages;
 pub use name::{NameError, VmName};
 pub use serial::{SerialError, SerialMode};
@@ -57,6 +59,17 @@ pub struct Boot {
     pub initrd: Option<PathBuf>,
     /// The kernel's command line; `None` for a default that has a console on the serial line.
     pub cmdline: Option<String>,
+}
+
+impl Boot {
+    /// Whether the command line has Linux bounce all DMA through memory that a CPU copies
+    /// (kernel-parameters.txt, `swiotlb=`).
+    #[must_use]
+    pub fn bounces_dma(&self) -> bool {
+        let words = self.cmdline.as_deref().unwrap_or_default().split_ascii_whitespace();
+        let settings = words.filter_map(|word| word.strip_prefix("swiotlb="));
+        settings.flat_map(|setting| setting.split(',')).any(|setting| setting == "force")
+    }
 }
 
 /// What the guest can see of its machine: the same on both sides of a migration.
@@ -134,11 +147,6 @@ pub enum ConfigError {
     /// Devices that cannot be in one machine.
     #[error(transparent)]
     Devices(#[from] TogetherError),
-    /// Devices for a guest that comes from elsewhere.
-    #[error(
-        "--device and --incoming do not go together: plug the device in when the guest is here"
-    )]
-    ArrivesWithDevices,
     /// Something that only a kernel can use.
     #[error("{0} needs --kernel: the built-in guest takes none")]
     NeedsKernel(&'static str),
@@ -190,9 +198,6 @@ impl RunConfig {
             return Err(ConfigError::NeedsKernel("--initrd"));
         }
         device::check_together(&self.devices)?;
-        if self.incoming.is_some() && !self.devices.is_empty() {
-            return Err(ConfigError::ArrivesWithDevices);
-        }
         Ok(())
     }
 }
@@ -211,6 +216,21 @@ mod tests {
             serial: SerialMode::Null,
             incoming: None,
         }
+    }
+
+    #[test]
+    fn a_guest_that_bounces_all_dma_is_known_by_its_command_line() {
+        for (cmdline, bounces) in [
+            ("quiet swiotlb=force", true),
+            ("swiotlb=131072,force", true),
+            ("swiotlb=131072,2,force quiet", true),
+            ("swiotlb=131072", false),
+            ("xswiotlb=force swiotlb=noforce", false),
+        ] {
+            let boot = Boot { cmdline: Some(cmdline.into()), ..Boot::default() };
+            assert_eq!(boot.bounces_dma(), bounces, "{cmdline}");
+        }
+        assert!(!Boot::default().bounces_dma());
     }
 
     #[test]
@@ -251,8 +271,6 @@ mod tests {
         assert!(matches!(config.check(), Err(ConfigError::Devices(_))));
         config.devices.pop();
         config.check().unwrap();
-        config.incoming = Some("tcp:127.0.0.1:0".parse().unwrap());
-        assert!(matches!(config.check(), Err(ConfigError::ArrivesWithDevices)));
     }
 
     #[test]

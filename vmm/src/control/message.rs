@@ -222,8 +222,24 @@ pub struct DeviceReport {
 pub struct DryRun {
     /// The peer that agreed to it.
     pub to: Address,
+    /// How each assigned device would move.
+    #[serde(default)]
+    pub devices: Vec<PlannedDevice>,
     /// The plan's steps in the order in which they would be entered.
     pub plan: Vec<PlannedStep>,
+}
+
+/// How an assigned device would move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedDevice {
+    /// Its `id=`.
+    pub id: String,
+    /// How it would be moved: `pause`, `evict`, ….
+    pub strategy: String,
+    /// Why so.
+    pub why: String,
+    /// What would make a better way possible.
+    pub better: Option<String>,
 }
 
 /// One step of the plan.

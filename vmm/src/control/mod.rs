@@ -20,7 +20,7 @@ mod tests;
 pub use client::{Client, ClientError};
 pub use message::{
     Decision, DeviceReport, DryRun, Info, LINE_MAX, MigrateRequest, MigrationReport,
-    MigrationStatus, PlannedStep, Progress, Request, RequestError, State, Undecided,
+    MigrationStatus, PlannedDevice, PlannedStep, Progress, Request, RequestError, State, Undecided,
 };
 pub use replier::Replier;
 pub use runtime_dir::{Claim, RuntimeDir, RuntimeDirError};

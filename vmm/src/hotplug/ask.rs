@@ -17,7 +17,7 @@ const LAST_ACCESS: Duration = Duration::from_secs(5);
 
 /// Why a card is not where it was wished to be.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Error {
+pub(crate) enum Error {
     /// The guest was not asked, or not any more.
     #[error(transparent)]
     Slot(#[from] SlotError),
@@ -54,7 +54,7 @@ pub(super) enum Error {
 
 /// What an error left in the slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Left {
+pub(crate) enum Left {
     /// The card.
     Card,
     /// No card.
@@ -62,7 +62,7 @@ pub(super) enum Left {
 }
 
 /// A wait for a guest.
-pub(super) struct Asking<'a> {
+pub(crate) struct Asking<'a> {
     slots: &'a Slots,
     number: u8,
     deadline: Instant,
@@ -72,7 +72,7 @@ pub(super) struct Asking<'a> {
 
 /// Puts `function` into the slot and waits until the guest uses it. Of one that the guest does not
 /// take, nothing is left in the machine when this returns.
-pub(super) fn put_in(
+pub(crate) fn put_in(
     mut asking: Asking<'_>,
     function: Arc<dyn PciFunction>,
 ) -> Result<(), (Error, Left)> {
@@ -91,15 +91,22 @@ pub(super) fn put_in(
 }
 
 /// Asks the guest to let go of the card in the slot, takes it out and lets it go.
-pub(super) fn ask_back(mut asking: Asking<'_>) -> Result<(), (Error, Left)> {
+pub(crate) fn ask_back(asking: Asking<'_>) -> Result<(), (Error, Left)> {
+    let number = asking.number;
+    let function = take_back(asking)?;
+    release(number, function).map_err(|error| (error, Left::Nothing))
+}
+
+/// Asks the guest to let go of the card in the slot, and takes it out. On an error it is where it
+/// was.
+pub(crate) fn take_back(mut asking: Asking<'_>) -> Result<Arc<dyn PciFunction>, (Error, Left)> {
     let (slots, number) = (asking.slots, asking.number);
     slots.ask_back(number).map_err(|error| (error.into(), Left::Card))?;
     if let Err(error) = asking.wait() {
         let _ = slots.give_up(number);
         return Err((error, Left::Card));
     }
-    let function = slots.take_out(number).map_err(|error| (error.into(), Left::Card))?;
-    release(number, function).map_err(|error| (error, Left::Nothing))
+    slots.take_out(number).map_err(|error| (error.into(), Left::Card))
 }
 
 /// Drops `function`, and waits until the last access that began before is over.
@@ -118,7 +125,7 @@ fn release(number: u8, function: Arc<dyn PciFunction>) -> Result<(), Error> {
 
 impl<'a> Asking<'a> {
     /// About slot `number` until `deadline`, or until `cancel` is set; `tell` hears of each step.
-    pub(super) fn new(
+    pub(crate) fn new(
         slots: &'a Slots,
         number: u8,
         deadline: Instant,

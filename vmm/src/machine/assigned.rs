@@ -7,6 +7,9 @@ use devices::shpc::{SlotError, Slots};
 use devices::vfio::{self, Container, Owner, VfioDeviceFd, VfioFunction};
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 
+use migration::state::{Migratable, Saved, StateError, StateReader, StateWriter};
+use serde::{Deserialize, Serialize};
+
 use crate::config::{DeviceConfig, DeviceId};
 use crate::kvm::{self, Routes, Vm};
 
@@ -40,6 +43,8 @@ pub(crate) enum Error {
 pub(crate) struct Assigned {
     /// The slot of each. Only the slot holds the function: taken out, it is gone.
     devices: BTreeMap<DeviceId, u8>,
+    /// Open, and in no slot yet: the guest that arrives tells which it has.
+    waiting: BTreeMap<DeviceId, Arc<VfioFunction>>,
     opener: Arc<Opener>,
 }
 
@@ -56,7 +61,7 @@ impl Assigned {
         let container = Container::new(vm.ram().clone(), tracker(vm));
         let direct = Arc::new(kvm::Slots::new(vm.clone()));
         let opener = Arc::new(Opener { container, messages, direct });
-        Self { devices: BTreeMap::new(), opener }
+        Self { devices: BTreeMap::new(), waiting: BTreeMap::new(), opener }
     }
 
     /// The ids of those that it has.
@@ -84,6 +89,60 @@ impl Assigned {
         self.devices.remove(id);
     }
 
+    /// Forgets those whose slot has no card any more; gives their ids.
+    pub(crate) fn forget_lost(&mut self, slots: &Slots) -> Vec<DeviceId> {
+        let is_lost = |slot: u8| !slots.status(slot).is_ok_and(|status| status.view.card);
+        let lost = self.devices.iter().filter(|(_, slot)| is_lost(**slot));
+        let lost: Vec<_> = lost.map(|(id, _)| id.clone()).collect();
+        lost.iter().for_each(|id| self.forget(id));
+        lost
+    }
+
+    /// Opens `device` for a guest that arrives.
+    pub(crate) fn prepare(&mut self, device: &DeviceConfig) -> Result<Arc<VfioFunction>, Error> {
+        let function = self.opener.open(device)?;
+        self.waiting.insert(device.id.clone(), function.clone());
+        Ok(function)
+    }
+
+    /// Gives away a device that was prepared and that the guest did not have when it arrived.
+    pub(crate) fn take_waiting(&mut self, id: &DeviceId) -> Option<Arc<VfioFunction>> {
+        self.waiting.remove(id)
+    }
+
+    /// Saves which devices there are, and each of them.
+    pub(super) fn save(&self, slots: &Slots, out: &mut StateWriter) -> Result<(), StateError> {
+        let function = |slot: u8| slots.function(slot);
+        let there =
+            self.devices.iter().filter_map(|(id, slot)| Some((id, *slot, function(*slot)?)));
+        let mut devices = Vec::new();
+        for (id, slot, function) in there {
+            function.save(out.at(format!("device/{id}")))?;
+            devices.push((id.clone(), slot));
+        }
+        out.at("devices").put(&AssignedV1 { devices })
+    }
+
+    /// Puts the devices that the guest has into their slots, out of those that wait for it.
+    pub(super) fn load(
+        &mut self,
+        slots: &Slots,
+        from: &mut StateReader<'_>,
+    ) -> Result<(), StateError> {
+        let AssignedV1 { devices } = from.at("devices").take()?;
+        for (id, slot) in devices {
+            let function = self.waiting.remove(&id).ok_or_else(|| {
+                StateError::invalid::<AssignedV1>("the guest has a device that was not offered")
+            })?;
+            slots
+                .insert_cold(slot, function.clone())
+                .map_err(|error| StateError::owner("put a device into its slot", error))?;
+            function.load(from.at(format!("device/{id}")))?;
+            self.devices.insert(id, slot);
+        }
+        Ok(())
+    }
+
     /// Puts `devices` into their slots, before the guest runs: those first that name one.
     pub(super) fn insert_cold(
         &mut self,
@@ -104,6 +163,17 @@ impl Assigned {
         }
         Ok(())
     }
+}
+
+/// The devices of a guest by id, with their slots.
+#[derive(Serialize, Deserialize)]
+struct AssignedV1 {
+    devices: Vec<(DeviceId, u8)>,
+}
+
+impl Saved for AssignedV1 {
+    const KIND: &'static str = "assigned-devices";
+    const VERSION: u16 = 1;
 }
 
 impl Opener {

@@ -152,6 +152,9 @@ impl Machine {
         }
         let irqchip = irqchip::save(self.vm.fd()).map_err(owner("save the irqchip"))?;
         out.at("irqchip").put(&irqchip)?;
+        if let Some(slots) = &self.slots {
+            self.assigned.save(slots, out)?;
+        }
         for (address, device) in &self.devices {
             device.save(out.at(address.clone()))?;
         }
@@ -160,7 +163,7 @@ impl Machine {
     }
 
     /// Becomes what was saved. No vCPU has run yet.
-    pub(crate) fn load(&self, from: &mut StateReader<'_>) -> Result<(), StateError> {
+    pub(crate) fn load(&mut self, from: &mut StateReader<'_>) -> Result<(), StateError> {
         let mut tsc_offsets = Vec::new();
         for (index, vcpu) in self.vcpus.iter().enumerate() {
             let state: VcpuV1 = from.at(format!("vcpu/{index}")).take()?;
@@ -169,6 +172,10 @@ impl Machine {
         }
         let irqchip: IrqchipV1 = from.at("irqchip").take()?;
         irqchip::load(self.vm.fd(), &irqchip).map_err(owner("load the irqchip"))?;
+        // Before the buses, which put into effect what the registers of all functions say.
+        if let Some(slots) = &self.slots {
+            self.assigned.load(slots, from)?;
+        }
         for (address, device) in &self.devices {
             device.load(from.at(address.clone()))?;
         }

@@ -7,7 +7,7 @@ use migration::guest::Departing;
 use super::{Ending, Next, Session, Tenant};
 use crate::cause;
 use crate::control::{Call, Decision, Info, MigrateRequest, Replier, Request, State, Undecided};
-use crate::guest::{Leaving, Stays};
+use crate::guest::{Leaving, Stays, Traits};
 use crate::machine::Machine;
 use crate::migrate::{self, NotBegun};
 
@@ -103,23 +103,20 @@ impl Session {
     }
 
     fn migrate(&mut self, request: MigrateRequest, reply: Replier) {
-        let fit = self.nothing_is_plugged().and_then(|()| {
-            let machine = self.machine("migrate")?;
-            match machine.assigned().ids().next() {
-                None => Ok(()),
-                Some(id) => {
-                    Err(format!("the guest has {id}, a device of this host: unplug it first"))
-                }
-            }
-        });
+        let fit = self.nothing_is_plugged().and_then(|()| self.machine("migrate").map(|_| ()));
         if let Err(error) = fit {
             return reply.finish::<()>(Err(error));
         }
         let Tenant::Here(machine) = mem::replace(&mut self.tenant, Tenant::Between) else {
             unreachable!("the machine is here")
         };
-        let built_in = self.boot.as_ref().is_some_and(|boot| boot.kernel.is_none());
-        let guest = match Leaving::new(*machine, self.claim.name(), built_in) {
+        let traits = Traits {
+            name: self.claim.name().clone(),
+            built_in: self.boot.as_ref().is_some_and(|boot| boot.kernel.is_none()),
+            bounces: self.bounces,
+            devices: self.host.devices.clone(),
+        };
+        let guest = match Leaving::new(*machine, traits) {
             Ok(guest) => guest,
             Err(Stays { machine, error }) => {
                 self.tenant = Tenant::Here(machine);
@@ -131,9 +128,16 @@ impl Session {
             Err(not_begun) => {
                 let NotBegun { guest, reply, error } = *not_begun;
                 reply.finish::<()>(Err(format!("cannot start a thread: {error}")));
-                Tenant::Here(Box::new(guest.into_machine()))
+                self.stays(guest)
             }
         };
+    }
+
+    /// A guest that did not leave, with the devices that it still has.
+    pub(super) fn stays(&mut self, guest: Leaving) -> Tenant {
+        let (machine, lost) = guest.into_machine();
+        self.host.devices.retain(|device| !lost.contains(&device.id));
+        Tenant::Here(Box::new(machine))
     }
 
     fn cancel(&mut self) -> Result<(), String> {
@@ -167,7 +171,7 @@ impl Session {
                 if let Tenant::Undecided { mut guest, .. } = tenant {
                     guest.plan().undo();
                     guest.dirty().stop();
-                    self.tenant = Tenant::Here(Box::new(guest.into_machine()));
+                    self.tenant = self.stays(*guest);
                 }
                 reply.finish(Ok(()));
                 Next::Stay

@@ -10,7 +10,7 @@ use crate::arch::layout;
 use crate::cause;
 use crate::config::{DeviceConfig, DeviceId};
 use crate::control::{Light, Power, Replier, SlotInfo};
-use crate::hotplug::{self, Change, Opener, Order, Underway};
+use crate::hotplug::{self, Asker, Change, Opener, Order, Underway};
 use crate::machine::Machine;
 
 const NO_SLOTS: &str = "the guest has no slots for devices: run it with --pci-slots";
@@ -22,7 +22,7 @@ impl Session {
             Ok(slot) => slot,
             Err(why) => return reply.finish::<()>(Err(why)),
         };
-        let order = self.order(device, slot, timeout_ms);
+        let order = self.order(device, slot, Duration::from_millis(timeout_ms));
         let Tenant::Here(machine) = &self.tenant else { unreachable!("it has a free slot") };
         let slots = machine.slots().expect("one of them is free").clone();
         let opener = machine.assigned().opener().clone();
@@ -30,7 +30,7 @@ impl Session {
             Ok(function) => Ok(function),
             Err(error) => Err(cause::chain(&error)),
         });
-        let begun = hotplug::plug(order, slots, open, reply, self.host.events.clone());
+        let begun = hotplug::plug(order, slots, open, Box::new(reply), self.host.events.clone());
         self.began(begun);
     }
 
@@ -40,23 +40,23 @@ impl Session {
             Ok(found) => found,
             Err(why) => return reply.finish::<()>(Err(why)),
         };
-        let order = self.order(device, slot, timeout_ms);
+        let order = self.order(device, slot, Duration::from_millis(timeout_ms));
         let Tenant::Here(machine) = &self.tenant else { unreachable!("it has the device") };
         let slots = machine.slots().expect("the device is in one").clone();
-        let begun = hotplug::unplug(order, slots, reply, self.host.events.clone());
+        let begun = hotplug::unplug(order, slots, Box::new(reply), self.host.events.clone());
         self.began(begun);
     }
 
-    fn order(&mut self, device: DeviceConfig, slot: u8, timeout_ms: u64) -> Order {
+    pub(super) fn order(&mut self, device: DeviceConfig, slot: u8, limit: Duration) -> Order {
         self.orders += 1;
-        Order { serial: self.orders, device, slot, limit: Duration::from_millis(timeout_ms) }
+        Order { serial: self.orders, device, slot, limit }
     }
 
-    fn began(&mut self, begun: Result<Underway, (Replier, std::io::Error)>) {
+    pub(super) fn began(&mut self, begun: Result<Underway, (Box<dyn Asker>, std::io::Error)>) {
         match begun {
             Ok(underway) => self.plugging.push(underway),
-            Err((reply, error)) => {
-                reply.finish::<()>(Err(format!("cannot start a thread: {error}")));
+            Err((asker, error)) => {
+                asker.finish(Err(format!("cannot start a thread: {error}")));
             }
         }
     }

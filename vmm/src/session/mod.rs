@@ -3,6 +3,7 @@
 mod alarm;
 mod calls;
 mod error;
+mod homecoming;
 mod hotplug;
 mod seat;
 
@@ -10,7 +11,7 @@ use std::mem;
 use std::time::Instant;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
-use migration::Answering;
+use migration::{Answering, Homecoming};
 
 use alarm::AlarmClock;
 pub(crate) use error::Error;
@@ -20,7 +21,7 @@ use crate::config::{Address, Boot, MachineConfig, RunConfig};
 use crate::console::Console;
 use crate::control::{Claim, RuntimeDir, Server, Undecided};
 use crate::event::{self, Event, Wake};
-use crate::guest::{Builder, Leaving};
+use crate::guest::{Builder, Leaving, Settler};
 use crate::hotplug::Underway as Plugging;
 use crate::machine::{Alarm, HostSide, Machine};
 use crate::migrate::{self, Arrival, Departure, Outcome, Underway};
@@ -116,6 +117,8 @@ struct Session {
     tenant: Tenant,
     /// What a guest boots from that asks for a reset; none if it came without that.
     boot: Option<Boot>,
+    /// Whether the guest that is here bounces all DMA.
+    bounces: bool,
     /// Still tells the source of a guest that arrived that it runs here.
     answering: Option<Answering>,
     /// Devices on their way into the machine that is here, or out of it.
@@ -161,6 +164,7 @@ impl Session {
             seat,
             started: Instant::now(),
             tenant: Tenant::Between,
+            bounces: false,
             answering: None,
             plugging: Vec::new(),
             orders: 0,
@@ -178,6 +182,7 @@ impl Session {
         // The old machine's RAM is given back before the new one's is taken.
         self.tenant = Tenant::Between;
         let boot = self.boot.as_ref().ok_or(Error::NothingToBoot)?;
+        self.bounces = boot.bounces_dma();
         let mut machine = Machine::booted(&self.shape, boot, &self.host)?;
         self.seat.take(&machine);
         self.host.alarm.ring();
@@ -238,7 +243,7 @@ impl Session {
         let (outcome, guest) = departure.conclude();
         match outcome {
             Outcome::Gone => return Next::End(Ending::Migrated),
-            Outcome::Stayed => self.tenant = Tenant::Here(Box::new(guest.into_machine())),
+            Outcome::Stayed => self.tenant = self.stays(guest),
             Outcome::Undecided(what) => {
                 self.tenant = Tenant::Undecided { guest: Box::new(guest), what, since: stopped };
             }
@@ -249,14 +254,8 @@ impl Session {
     fn arrived(&mut self, arrival: Arrival) -> Result<Next, Error> {
         match arrival {
             Ok(arrived) => {
-                let (machine, built_in) = arrived.guest.into_machine();
-                let local = self.config.boot.kernel.is_some();
-                self.boot = (local || built_in).then(|| self.config.boot.clone());
-                self.shape = machine.config().clone();
-                self.seat.take(&machine);
-                self.host.alarm.ring();
                 self.answering = Some(arrived.answering);
-                self.tenant = Tenant::Here(Box::new(machine));
+                self.settle(arrived.guest.settle(), arrived.homecoming);
                 Ok(Next::Stay)
             }
             Err(failure) => {
@@ -269,6 +268,19 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// A guest is here to stay: it gets back the devices that it had to do without.
+    fn settle(&mut self, settler: Settler, homecoming: Homecoming) {
+        let Settler { machine, built_in, bounces, devices } = settler;
+        let local = self.config.boot.kernel.is_some();
+        self.boot = (local || built_in).then(|| self.config.boot.clone());
+        self.bounces = bounces;
+        self.shape = machine.config().clone();
+        self.seat.take(&machine);
+        self.host.alarm.ring();
+        self.tenant = Tenant::Here(Box::new(machine));
+        self.bring_home(devices, homecoming);
     }
 
     /// Ends the stay.

@@ -1,0 +1,133 @@
+//! Having the guest's own drivers pause devices, through the migration block of their bridge.
+
+use std::time::{Duration, Instant};
+
+use devices::shpc::Slots;
+use migration::plan::{Meanwhile, Step, StepFailure};
+
+use super::evict::{evict, give_back};
+use super::{Moving, Way};
+use crate::config::{DeviceId, OnTimeout};
+
+/// How long a guest may take to pause all its devices, or to resume them.
+const PATIENCE: Duration = Duration::from_secs(5);
+const TICK: Duration = Duration::from_millis(20);
+
+/// Has the guest pause the devices that are to be paused; those that it does not pause are
+/// unplugged instead, where the user allows that.
+pub(crate) struct Pause {
+    moving: Moving,
+    evicted: Vec<(DeviceId, u8)>,
+}
+
+impl Pause {
+    /// Of the devices of `moving`, those that are to be paused.
+    pub(crate) fn new(moving: Moving) -> Self {
+        Self { moving, evicted: Vec::new() }
+    }
+
+    /// Evicts those that the guest does not pause, if the user lets them be evicted.
+    fn evict_instead(
+        &mut self,
+        unpaused: Vec<(DeviceId, u8)>,
+        meanwhile: &mut Meanwhile<'_>,
+    ) -> Result<(), StepFailure> {
+        let names = Moving::names(&unpaused);
+        let refused = self.moving.lock().iter().any(|passenger| {
+            passenger.config.on_timeout == OnTimeout::Refuse
+                && unpaused.iter().any(|(id, _)| *id == passenger.config.id)
+        });
+        if refused {
+            let why = format!("the guest does not pause {names}, and on-timeout=refuse says so");
+            return Err(why.into());
+        }
+        tracing::warn!("the guest does not pause {names}: unplugging instead");
+        evict(&self.moving, &unpaused, meanwhile)?;
+        for (id, _) in &unpaused {
+            self.moving.instead(id, Way::EvictLate);
+        }
+        self.evicted.extend(unpaused);
+        Ok(())
+    }
+}
+
+impl Step for Pause {
+    fn name(&self) -> String {
+        format!("have the guest pause {}", Moving::names(&self.moving.by(Way::Pause)))
+    }
+
+    fn enter(&mut self, meanwhile: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
+        loop {
+            let devices = self.moving.by(Way::Pause);
+            let failed = match pause(&self.moving, &devices, meanwhile) {
+                Ok(unpaused) if unpaused.is_empty() => return Ok(()),
+                Ok(unpaused) => self.evict_instead(unpaused, meanwhile),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = failed {
+                give_back(&self.moving, &self.evicted);
+                return Err(error);
+            }
+        }
+    }
+
+    fn undo(&mut self) {
+        resume(&self.moving, &self.moving.by(Way::Pause));
+        give_back(&self.moving, &self.evicted);
+    }
+}
+
+/// Asks the guest to pause `devices`; gives those that it did not. If there are any, none is
+/// paused.
+fn pause(
+    moving: &Moving,
+    devices: &[(DeviceId, u8)],
+    meanwhile: &mut Meanwhile<'_>,
+) -> Result<Vec<(DeviceId, u8)>, StepFailure> {
+    if devices.is_empty() {
+        return Ok(Vec::new());
+    }
+    let slots = moving.slots();
+    let numbers: Vec<u8> = devices.iter().map(|(_, slot)| *slot).collect();
+    devices.iter().for_each(|(id, _)| moving.is_away(id));
+    let mut seen = slots.changes();
+    slots.ask_to_pause(&numbers)?;
+    let deadline = Instant::now() + PATIENCE;
+    let mut stopped = Ok(());
+    while !slots.block().is_answered() && Instant::now() < deadline && stopped.is_ok() {
+        seen = slots.wait(seen, Instant::now() + TICK);
+        stopped = meanwhile();
+    }
+    let block = slots.block();
+    if stopped.is_ok() && !block.wants_pause {
+        stopped = Err("the guest was reset while it was asked".into());
+    }
+    let paused = |slot: u8| slots.mask(&[slot]).is_ok_and(|bit| block.paused & bit != 0);
+    let unpaused: Vec<_> = devices.iter().filter(|(_, slot)| !paused(*slot)).cloned().collect();
+    if stopped.is_err() || !unpaused.is_empty() {
+        resume(moving, devices);
+    }
+    stopped.map(|()| unpaused)
+}
+
+/// Has the guest resume `devices`, and waits for that.
+fn resume(moving: &Moving, devices: &[(DeviceId, u8)]) {
+    moving.slots().let_resume();
+    if await_resumed(moving.slots(), Instant::now() + PATIENCE) {
+        devices.iter().for_each(|(id, _)| moving.is_back(id.as_str()));
+    } else {
+        tracing::warn!("the guest does not say that its devices are resumed");
+    }
+}
+
+/// Waits until the guest has resumed whatever it paused, at most until `deadline`.
+fn await_resumed(slots: &Slots, deadline: Instant) -> bool {
+    let mut seen = slots.changes();
+    while !slots.block().is_resumed() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        seen = slots.wait(seen, Instant::now() + TICK);
+    }
+    true
+}
