@@ -136,8 +136,18 @@ impl Uvmm {
     /// # Errors
     /// If uvmm cannot be started or ends at once.
     pub fn incoming(&self, name: &str) -> Result<(Vm, String)> {
+        self.incoming_with(name, &[])
+    }
+
+    /// As [`Uvmm::incoming`], with more on the command line of `uvmm run`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn incoming_with(&self, name: &str, arguments: &[&str]) -> Result<(Vm, String)> {
         let address = free_address()?;
-        let vm = self.run(name, ["--incoming".into(), format!("tcp:{address}").into()].to_vec())?;
+        let mut all = vec![OsString::from("--incoming"), format!("tcp:{address}").into()];
+        all.extend(arguments.iter().map(OsString::from));
+        let vm = self.run(name, all)?;
         self.until_it_answers(&vm)?;
         Ok((vm, address))
     }
