@@ -31,7 +31,7 @@ ip link set lo up
 index=0
 for nic in $nics; do
     netdev=$(ls "$nic/net")
-    echo 1 > "$nic/sriov_numvfs" || fail "$netdev has no virtual functions"
+    echo 2 > "$nic/sriov_numvfs" || fail "$netdev has no virtual functions"
     ip link set "$netdev" up
     export "PF$index=$netdev"
     index=$((index + 1))
@@ -48,13 +48,17 @@ for nic in $nics; do
         [ $tries -lt 300 ] || fail "$netdev has no link"
         sleep 0.1
     done
-    /full-ip link set "$netdev" vf 0 mac "52:54:00:07:00:1$index" || fail "$netdev takes no address"
-    function=$(readlink "$nic/virtfn0")
-    function=${function##*/}
-    echo vfio-pci > "/sys/bus/pci/devices/$function/driver_override"
-    echo "$function" > /sys/bus/pci/drivers_probe
-    [ -e "/sys/bus/pci/drivers/vfio-pci/$function" ] || fail "$function is not VFIO's"
-    export "VF$index=$function"
+    for number in 0 1; do
+        # The two functions stand for two hosts: a guest that moves finds its address there.
+        /full-ip link set "$netdev" vf $number mac "52:54:00:07:00:1$number" ||
+            fail "$netdev takes no address"
+        function=$(readlink "$nic/virtfn$number")
+        function=${function##*/}
+        echo vfio-pci > "/sys/bus/pci/devices/$function/driver_override"
+        echo "$function" > /sys/bus/pci/drivers_probe
+        [ -e "/sys/bus/pci/drivers/vfio-pci/$function" ] || fail "$function is not VFIO's"
+        export "VF$((index + 2 * number))=$function"
+    done
     index=$((index + 1))
 done
 
