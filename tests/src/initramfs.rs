@@ -10,11 +10,12 @@ use crate::kernel::Kernel;
 use crate::{cache, install, program};
 
 /// What the lab host needs, much of it before it sees the root of this machine.
-const HOST_MODULES: [&str; 9] = [
+const HOST_MODULES: [&str; 10] = [
     "9pnet_virtio",
     "9p",
     "overlay",
     "virtio_console",
+    "virtio_net",
     "igb",
     "vfio_pci",
     // Not one that vfio_pci needs, but one that modprobe loads after it.

@@ -1,5 +1,10 @@
 //! A Linux guest that owns a virtual function moves, and has another one where it arrives.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
 use tests::inside_lab;
 use tests::vm::{Report, SHORT, Uvmm, Vm, text};
 
@@ -38,15 +43,99 @@ fn move_on(uvmm: &Uvmm, mut from: Vm, to: &str, device: &str) -> (Vm, Report) {
     (vm, report)
 }
 
+/// Starts to migrate the guest to `address`, with more on the command line.
+fn begin(uvmm: &Uvmm, address: &str, more: &[&str]) -> Child {
+    let arguments = [&["migrate", "--vm", "guest", "--to", address, "--json"], more].concat();
+    let mut command = uvmm.command(arguments);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Waits until `condition` holds of what `uvmm info` tells.
+fn until(uvmm: &Uvmm, condition: impl Fn(&Value) -> bool) {
+    let deadline = Instant::now() + SHORT;
+    loop {
+        let (_, info, errors) = uvmm.call(&["info", "--vm", "guest", "--json"]).unwrap();
+        assert_eq!(errors, "");
+        let info: Value = serde_json::from_str(&info).unwrap();
+        if condition(&info) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{info}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
 #[test]
 fn a_stock_guest_lets_go_of_its_function_and_is_given_another() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let vm = networked(&uvmm, "");
     let (mut vm, report) = move_on(&uvmm, vm, "there", &device("net0", "VF1"));
-    println!("{report:?}");
+    let [moved] = &report.devices[..] else { panic!("{report:?}") };
+    assert_eq!((&*moved.id, &*moved.strategy), ("net0", "evict"));
+    assert!(moved.paused_ms > report.downtime_ms, "{report:?}");
     join_network(&mut vm);
     let (mut vm, _) = move_on(&uvmm, vm, "back", &device("net0", "VF0"));
     join_network(&mut vm);
     assert_eq!(vm.errors().unwrap(), "");
+}
+
+#[test]
+fn whatever_goes_wrong_a_stock_guest_has_its_function_again() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut vm = networked(&uvmm, "");
+    // Nothing was asked of the guest yet: its address is still there.
+    for (arguments, reason) in [
+        (vec![], "device/net0: wanted a device of this id, found none"),
+        (vec![device("net1", "VF1")], "device/net1: wanted none"),
+        (vec!["vfio,id=net0,host=0000:7f:00.0".to_owned()], "there is no device"),
+        (vec![device("net0", "VF0")], "in use"),
+    ] {
+        let arguments: Vec<_> = arguments.iter().flat_map(|d| ["--device", d]).collect();
+        let (mut there, address) = uvmm.incoming_with("refuses", &arguments).unwrap();
+        let report = uvmm.migrate(&vm, &address).unwrap();
+        let error = report.error.unwrap();
+        assert!(report.status == "failed" && error.contains(reason), "{error}");
+        assert!(there.runs(), "it waits for another guest");
+        pings(&mut vm);
+    }
+    // The button is pressed, and pressed again.
+    let (there, address) =
+        uvmm.incoming_with("there", &["--device", &device("net0", "VF1")]).unwrap();
+    let child = begin(&uvmm, &address, &[]);
+    until(&uvmm, |info| info["slots"][0]["power_led"] == "blink");
+    assert!(uvmm.call(&["cancel", "--vm", "guest"]).unwrap().0.success());
+    assert_eq!(Report::of(child, SHORT).unwrap().status, "cancelled");
+    pings(&mut vm);
+    // It is out, and memory is on its way.
+    let child = begin(&uvmm, &address, &["--bandwidth-limit", "4M"]);
+    until(&uvmm, |info| info["migration"]["bytes_sent"].as_u64() > Some(1 << 20));
+    vm.until("! [ -e /sys/class/net/eth0 ]").unwrap();
+    drop(there);
+    assert_eq!(Report::of(child, SHORT).unwrap().status, "failed");
+    join_network(&mut vm);
+    let (mut vm, _) = move_on(&uvmm, vm, "second", &device("net0", "VF1"));
+    join_network(&mut vm);
+}
+
+#[test]
+fn a_dry_run_tells_how_each_function_would_move_and_what_would_be_better() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut vm = networked(&uvmm, "");
+    let (_there, address) =
+        uvmm.incoming_with("there", &["--device", &device("net0", "VF1")]).unwrap();
+    let (status, plan, errors) =
+        uvmm.call(&["migrate", "--vm", "guest", "--to", &address, "--dry-run"]).unwrap();
+    assert!(status.success(), "{errors}");
+    for line in [
+        "precopy  unplug net0",
+        "quiesce  stop the vCPU",
+        "net0: evict: the guest does not tell what the device writes",
+        "better: load the guest driver",
+    ] {
+        assert!(plan.contains(line), "{plan}");
+    }
+    pings(&mut vm);
 }

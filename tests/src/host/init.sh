@@ -36,8 +36,12 @@ for nic in $nics; do
     export "PF$index=$netdev"
     index=$((index + 1))
 done
+# Who talks to guests is on the same switch, and on neither of the two hosts: a physical function
+# keeps to itself what is for the address of one of its virtual functions, even if that moved.
 export PEER_IP=10.7.0.1
-ip address add $PEER_IP/24 dev "$PF0"
+peer=$(echo /sys/bus/virtio/drivers/virtio_net/virtio*/net/*)
+ip link set "${peer##*/}" up
+ip address add $PEER_IP/24 dev "${peer##*/}"
 index=0
 for nic in $nics; do
     netdev=$(ls "$nic/net")
@@ -49,9 +53,8 @@ for nic in $nics; do
         sleep 0.1
     done
     for number in 0 1; do
-        # The two functions stand for two hosts: a guest that moves finds its address there.
-        /full-ip link set "$netdev" vf $number mac "52:54:00:07:00:1$number" ||
-            fail "$netdev takes no address"
+        address=52:54:00:07:00:1$((index + 2 * number))
+        /full-ip link set "$netdev" vf $number mac $address || fail "$netdev takes no address"
         function=$(readlink "$nic/virtfn$number")
         function=${function##*/}
         echo vfio-pci > "/sys/bus/pci/devices/$function/driver_override"

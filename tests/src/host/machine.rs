@@ -142,6 +142,9 @@ pub(super) fn arguments() -> Vec<String> {
     let mut arguments = arguments.into_iter().map(str::to_owned).collect::<Vec<_>>();
     arguments.extend(["-m".into(), format!("{MEMORY_MIB}M")]);
     arguments.extend(["-device".into(), format!("virtserialport,chardev=agent,name={PORT}")]);
+    arguments.extend(["-netdev".into(), "hubport,id=peer,hubid=0".into()]);
+    let peer = "virtio-net-pci,netdev=peer,mac=52:54:00:07:00:0f,romfile=";
+    arguments.extend(["-device".into(), peer.into()]);
     for index in 0..2 {
         // One hub joins the two NICs: they are two hosts' NICs on one switch. A root port each,
         // because a physical function and its virtual ones share a bus number.

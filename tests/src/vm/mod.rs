@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub use report::Report;
+pub use report::{Device, Report};
 pub use serial::Serial;
 use tempfile::TempDir;
 

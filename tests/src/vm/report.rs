@@ -25,6 +25,20 @@ pub struct Report {
     pub bytes_sent: u64,
     /// While it moved memory.
     pub throughput_mib_s: f64,
+    /// The assigned devices.
+    #[serde(default)]
+    pub devices: Vec<Device>,
+}
+
+/// How an assigned device was moved.
+#[derive(Debug, Deserialize)]
+pub struct Device {
+    /// Its `id=`.
+    pub id: String,
+    /// `pause`, `evict`, ….
+    pub strategy: String,
+    /// How long the guest was without it.
+    pub paused_ms: f64,
 }
 
 impl Report {

@@ -25,7 +25,7 @@ pub(crate) use assigned::Assigned;
 use crate::arch::clock::{self, ClockV1};
 use crate::arch::irqchip::{self, IrqchipV1};
 use crate::arch::vcpu::VcpuV1;
-use crate::config::MachineConfig;
+use crate::config::{DeviceId, MachineConfig};
 use crate::kvm::Vm;
 use crate::power::PowerSwitch;
 use crate::vcpu::{self, Exits, Vcpus};
@@ -47,6 +47,13 @@ pub(crate) struct Machine {
     exits: Arc<Exits>,
     host_ends: HostEnds,
     power: Arc<PowerSwitch>,
+}
+
+/// The slots of a machine, and whose device is in each.
+#[derive(Clone)]
+pub(crate) struct Seats {
+    pub(crate) slots: Arc<Slots>,
+    pub(crate) devices: BTreeMap<u8, DeviceId>,
 }
 
 /// The devices whose other end is turned to the host.
@@ -97,6 +104,14 @@ impl Machine {
     /// Where devices come and go; none if the machine was given no slots.
     pub(crate) fn slots(&self) -> Option<&Arc<Slots>> {
         self.slots.as_ref()
+    }
+
+    /// Where its devices are; none if it was given no slots.
+    pub(crate) fn seats(&self) -> Option<Seats> {
+        let slots = self.slots.clone()?;
+        let devices = self.assigned.ids().map(|id| (id.clone(), self.assigned.slot(id)));
+        let devices = devices.filter_map(|(id, slot)| Some((slot?, id))).collect();
+        Some(Seats { slots, devices })
     }
 
     /// The host's devices that it has.

@@ -110,6 +110,7 @@ impl Session {
         let Tenant::Here(machine) = mem::replace(&mut self.tenant, Tenant::Between) else {
             unreachable!("the machine is here")
         };
+        let seats = machine.seats();
         let traits = Traits {
             name: self.claim.name().clone(),
             built_in: self.boot.as_ref().is_some_and(|boot| boot.kernel.is_none()),
@@ -124,7 +125,7 @@ impl Session {
             }
         };
         self.tenant = match migrate::depart(guest, request, reply, self.host.events.clone()) {
-            Ok(underway) => Tenant::Leaving { underway, after: Next::Stay },
+            Ok(underway) => Tenant::Leaving { underway, seats, after: Next::Stay },
             Err(not_begun) => {
                 let NotBegun { guest, reply, error } = *not_begun;
                 reply.finish::<()>(Err(format!("cannot start a thread: {error}")));

@@ -11,7 +11,7 @@ use crate::cause;
 use crate::config::{DeviceConfig, DeviceId};
 use crate::control::{Light, Power, Replier, SlotInfo};
 use crate::hotplug::{self, Asker, Change, Opener, Order, Underway};
-use crate::machine::Machine;
+use crate::machine::{Machine, Seats};
 
 const NO_SLOTS: &str = "the guest has no slots for devices: run it with --pci-slots";
 
@@ -162,16 +162,19 @@ impl Session {
 
     /// How all slots stand.
     pub(super) fn slots(&self) -> Vec<SlotInfo> {
-        let Tenant::Here(machine) = &self.tenant else { return Vec::new() };
-        let Some(slots) = machine.slots() else { return Vec::new() };
+        let seats = match &self.tenant {
+            Tenant::Here(machine) => machine.seats(),
+            Tenant::Leaving { seats, .. } => seats.clone(),
+            _ => None,
+        };
+        let Some(Seats { slots, devices }) = seats else { return Vec::new() };
         let device = |number: u8| {
-            let here = |id: &&DeviceId| machine.assigned().slot(id) == Some(number);
             let on_its_way = self.plugging.iter().find(|underway| underway.slot() == number);
-            let id = machine.assigned().ids().find(here);
+            let id = devices.get(&number);
             id.or(on_its_way.map(|underway| &underway.device().id)).cloned()
         };
         let status = |number: u8| slots.status(number).ok();
-        slots.numbers().filter_map(status).map(|s| describe(slots, s, device(s.number))).collect()
+        slots.numbers().filter_map(status).map(|s| describe(&slots, s, device(s.number))).collect()
     }
 }
 

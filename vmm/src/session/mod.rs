@@ -23,7 +23,7 @@ use crate::control::{Claim, RuntimeDir, Server, Undecided};
 use crate::event::{self, Event, Wake};
 use crate::guest::{Builder, Leaving, Settler};
 use crate::hotplug::Underway as Plugging;
-use crate::machine::{Alarm, HostSide, Machine};
+use crate::machine::{Alarm, HostSide, Machine, Seats};
 use crate::migrate::{self, Arrival, Departure, Outcome, Underway};
 use crate::signals::Signals;
 use crate::vcpu::block_kicks;
@@ -133,7 +133,7 @@ enum Tenant {
     Here(Box<Machine>),
     /// On its way out; its machine is with the migration. `after` is what comes next if it does
     /// not get away.
-    Leaving { underway: Underway, after: Next },
+    Leaving { underway: Underway, seats: Option<Seats>, after: Next },
     /// On its way in, or awaited at this address.
     Arriving { underway: Underway, at: Address },
     /// Here and standing still, since nobody knows whether it runs elsewhere.
@@ -226,7 +226,7 @@ impl Session {
     /// `next`, now or once a migration under way has come to its own end.
     fn next_unless_leaving(&mut self, next: Next) -> Next {
         match &mut self.tenant {
-            Tenant::Leaving { underway, after } => {
+            Tenant::Leaving { underway, after, .. } => {
                 underway.cancel.cancel();
                 *after = next;
                 Next::Stay
