@@ -9,6 +9,7 @@ pub mod host;
 pub mod initramfs;
 pub mod install;
 pub mod kernel;
+pub mod network;
 pub mod program;
 pub mod suite;
 pub mod tier;

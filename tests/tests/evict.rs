@@ -17,21 +17,8 @@ fn device(id: &str, variable: &str) -> String {
 fn networked(uvmm: &Uvmm, more: &str) -> Vm {
     let mut vm = uvmm.guest(more, &["--device", &device("net0", "VF0")]).unwrap();
     vm.says("insmod /modules/igbvf.ko").unwrap();
-    join_network(&mut vm);
+    vm.joins_network().unwrap();
     vm
-}
-
-/// Gives the guest's one function an address, and reaches the lab host by it.
-fn join_network(vm: &mut Vm) {
-    vm.until("[ -d /sys/class/net/eth0 ]").unwrap();
-    vm.says("ip link set eth0 up && ip address add 10.7.0.2/24 dev eth0").unwrap();
-    vm.until("grep -q 1 /sys/class/net/eth0/carrier").unwrap();
-    pings(vm);
-}
-
-fn pings(vm: &mut Vm) {
-    let said = vm.says(&format!("ping -c 5 -i 0.2 -W 5 {}", text("PEER_IP").unwrap())).unwrap();
-    assert!(said.contains(" 0% packet loss"), "{said}");
 }
 
 /// Moves the guest; the old process must have ended well.
@@ -74,9 +61,9 @@ fn a_stock_guest_lets_go_of_its_function_and_is_given_another() {
     let [moved] = &report.devices[..] else { panic!("{report:?}") };
     assert_eq!((&*moved.id, &*moved.strategy), ("net0", "evict"));
     assert!(moved.paused_ms > report.downtime_ms, "{report:?}");
-    join_network(&mut vm);
+    vm.joins_network().unwrap();
     let (mut vm, _) = move_on(&uvmm, vm, "back", &device("net0", "VF0"));
-    join_network(&mut vm);
+    vm.joins_network().unwrap();
     assert_eq!(vm.errors().unwrap(), "");
 }
 
@@ -98,7 +85,7 @@ fn whatever_goes_wrong_a_stock_guest_has_its_function_again() {
         let error = report.error.unwrap();
         assert!(report.status == "failed" && error.contains(reason), "{error}");
         assert!(there.runs(), "it waits for another guest");
-        pings(&mut vm);
+        vm.pings().unwrap();
     }
     // The button is pressed, and pressed again.
     let (there, address) =
@@ -107,16 +94,16 @@ fn whatever_goes_wrong_a_stock_guest_has_its_function_again() {
     until(&uvmm, |info| info["slots"][0]["power_led"] == "blink");
     assert!(uvmm.call(&["cancel", "--vm", "guest"]).unwrap().0.success());
     assert_eq!(Report::of(child, SHORT).unwrap().status, "cancelled");
-    pings(&mut vm);
+    vm.pings().unwrap();
     // It is out, and memory is on its way.
     let child = begin(&uvmm, &address, &["--bandwidth-limit", "4M"]);
     until(&uvmm, |info| info["migration"]["bytes_sent"].as_u64() > Some(1 << 20));
     vm.until("! [ -e /sys/class/net/eth0 ]").unwrap();
     drop(there);
     assert_eq!(Report::of(child, SHORT).unwrap().status, "failed");
-    join_network(&mut vm);
+    vm.joins_network().unwrap();
     let (mut vm, _) = move_on(&uvmm, vm, "second", &device("net0", "VF1"));
-    join_network(&mut vm);
+    vm.joins_network().unwrap();
 }
 
 #[test]
@@ -137,5 +124,5 @@ fn a_dry_run_tells_how_each_function_would_move_and_what_would_be_better() {
     ] {
         assert!(plan.contains(line), "{plan}");
     }
-    pings(&mut vm);
+    vm.pings().unwrap();
 }

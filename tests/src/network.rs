@@ -1,0 +1,84 @@
+//! What the rest of the network sees of a guest that moves: pings that stay unanswered, and a
+//! transfer that takes it.
+mod bulk;
+mod ping;
+
+use std::net::Ipv4Addr;
+use std::process::Command;
+
+pub use bulk::Bulk;
+pub use ping::{Answers, Pinger};
+
+use crate::error::{Error, Result};
+use crate::program;
+use crate::vm::{Vm, text};
+
+/// The guest's own address in the lab.
+pub const GUEST_IP: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 2);
+
+impl Vm {
+    /// Gives the guest's one NIC its address, and reaches the rest of the network by it.
+    ///
+    /// # Errors
+    /// If there is no NIC, or no way out.
+    pub fn joins_network(&mut self) -> Result<()> {
+        self.until("[ -d /sys/class/net/eth0 ]")?;
+        self.says(&format!("ip link set eth0 up && ip address replace {GUEST_IP}/24 dev eth0"))?;
+        self.until("grep -q 1 /sys/class/net/eth0/carrier")?;
+        self.pings()
+    }
+
+    /// Reaches the rest of the network without a loss.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn pings(&mut self) -> Result<()> {
+        let said = self.says(&format!("ping -c 5 -i 0.2 -W 5 {}", text("PEER_IP")?))?;
+        if said.contains(" 0% packet loss") { Ok(()) } else { Err(Error::Guest(said)) }
+    }
+}
+
+/// A virtual function that has the Ethernet address of another for as long as this lives, as the
+/// operator of a destination sees to; then its own again.
+#[derive(Debug)]
+pub struct Alias {
+    owner: String,
+    number: u8,
+    own: String,
+}
+
+impl Alias {
+    /// Gives function `number` of the physical function that the variable `owner` names the address
+    /// of its counterpart on `PF0`.
+    ///
+    /// # Errors
+    /// If the physical function does not take it.
+    pub fn give(owner: &str, number: u8) -> Result<Self> {
+        let owner = text(owner)?;
+        let own = address(&owner, number)?;
+        set(&owner, number, &address(&text("PF0")?, number)?)?;
+        Ok(Self { owner, number, own })
+    }
+}
+
+impl Drop for Alias {
+    fn drop(&mut self) {
+        drop(set(&self.owner, self.number, &self.own));
+    }
+}
+
+fn set(owner: &str, number: u8, address: &str) -> Result<()> {
+    let number = number.to_string();
+    let mut command = Command::new("ip");
+    program::run(command.args(["link", "set", owner, "vf", &number, "mac", address])).map(drop)
+}
+
+/// The Ethernet address that `owner` gave to its function `number`.
+fn address(owner: &str, number: u8) -> Result<String> {
+    let listing = program::run(Command::new("ip").args(["link", "show", owner]))?;
+    let prefix = format!("vf {number} ");
+    let line = listing.lines().find_map(|line| line.trim().strip_prefix(&*prefix));
+    let word = line.and_then(|line| line.split_whitespace().nth(1));
+    let missing = || Error::Unsupported(format!("{owner} has no virtual function {number}"));
+    word.map(str::to_owned).ok_or_else(missing)
+}
