@@ -33,7 +33,7 @@ impl Artefacts {
         let _others_wait = cache::lock()?;
         install::programs()?;
         let [kernel, other_kernel] = kernel::all()?;
-        let guest_initrd = initramfs::guest(&kernel)?;
+        let guest_initrd = initramfs::guest(&kernel, &other_kernel)?;
         let host_initrd = initramfs::host(&kernel)?;
         let uvmm = env::var_os("UVMM").map_or_else(build_uvmm, |given| Ok(given.into()))?;
         Ok(Self { uvmm, kernel, other_kernel, guest_initrd, host_initrd })

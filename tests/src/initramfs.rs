@@ -6,6 +6,7 @@ use std::process::Command;
 
 use crate::cpio::Archive;
 use crate::error::{Context, Error, Result, reading, writing};
+use crate::guest_driver::{self, MODULE};
 use crate::kernel::Kernel;
 use crate::{cache, install, program};
 
@@ -31,16 +32,22 @@ const GUEST_INIT: &str = include_str!("guest/init.sh");
 const HOST_INIT: &str = include_str!("host/init.sh");
 const GUEST_LOAD: &str = include_str!("bin/guest-load.rs");
 
-/// Makes the file system that a guest starts from.
+/// Makes the file system that a guest starts from: with the modules of `kernel`, and what it takes
+/// to migrate with a device for `other` in a directory of that version.
 ///
 /// # Errors
 /// If a part of it cannot be made.
-pub fn guest(kernel: &Kernel) -> Result<PathBuf> {
+pub fn guest(kernel: &Kernel, other: &Kernel) -> Result<PathBuf> {
     let load = guest_load()?;
     let load = fs::read(&load).context(|| reading(&load))?;
     let mut files =
         vec![("init".to_owned(), GUEST_INIT.into()), ("bin/guest-load".to_owned(), load)];
     files.extend(modules(kernel, &GUEST_MODULES)?);
+    files.push((format!("modules/{MODULE}"), guest_driver::module(kernel)?));
+    let mut others = other.modules(&["igbvf"])?;
+    others.push((MODULE.to_owned(), guest_driver::module(other)?));
+    let version = &other.version;
+    files.extend(others.into_iter().map(|(name, it)| (format!("modules/{version}/{name}"), it)));
     build("guest", files)
 }
 

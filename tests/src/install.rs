@@ -17,13 +17,15 @@ const BACKPORTS: &str = "/etc/apt/sources.list.d/uvmm-lab-backports.sources";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Programs that the lab calls: name, package, reason.
-const PROGRAMS: [(&str, &str, &str); 6] = [
+const PROGRAMS: [(&str, &str, &str); 8] = [
     ("modprobe", "kmod", "loads KVM and VFIO in the lab host"),
     ("ip", "iproute2", "sets up the NICs of the lab host"),
     ("ethtool", "ethtool", "looks at the NICs of the lab host"),
     ("ping", "iputils-ping", "shows that a guest is alive while it migrates"),
     ("xz", "xz-utils", "unpacks kernels and their modules"),
     ("zstd", "zstd", "unpacks kernels and their modules"),
+    ("make", "make", "builds the guest driver"),
+    ("gcc", "gcc", "builds the guest driver"),
 ];
 
 /// Makes sure that every program the lab calls is there.

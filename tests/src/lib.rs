@@ -5,6 +5,7 @@ pub mod cache;
 pub mod cpio;
 pub mod demo;
 pub mod error;
+pub mod guest_driver;
 pub mod host;
 pub mod initramfs;
 pub mod install;

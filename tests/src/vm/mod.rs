@@ -118,7 +118,11 @@ impl Uvmm {
         Ok(vm)
     }
 
-    fn linux_told(
+    /// [`Uvmm::linux`] with another command line than [`CMDLINE`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn linux_told(
         &self,
         name: &str,
         kernel: &Path,
