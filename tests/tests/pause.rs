@@ -45,7 +45,7 @@ fn a_paused_function_keeps_its_address_and_its_connections_from_trip_to_trip() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let _alias = Alias::give("PF1", 0).unwrap();
-    let mut vm = networked(&uvmm, "", "", &["--cpus", "2"]);
+    let mut vm = networked(&uvmm, "", "", &[]);
     vm.says("guest-load 8 1 /run/load & sleep 2").unwrap();
     let bulk = Bulk::start(&mut vm).unwrap();
     for (trip, function) in ["VF1", "VF0"].iter().cycle().take(10).enumerate() {
