@@ -52,6 +52,7 @@ mod model;
 mod taking;
 mod token;
 
+use std::fmt;
 use std::io;
 
 use serde::{Deserialize, Serialize};
@@ -81,6 +82,12 @@ pub struct Handover<T> {
     record: Box<dyn Record>,
     /// Whether it may be on paper that the guest runs here.
     promised: bool,
+}
+
+impl<T: fmt::Debug> fmt::Debug for Handover<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Handover").field(&self.state).field(&self.token).finish()
+    }
 }
 
 impl<T: Copy + PartialEq> Handover<T> {
