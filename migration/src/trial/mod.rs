@@ -1,8 +1,10 @@
 //! Both ends in one process: a fake guest, a network that breaks, peers that lie.
 
+mod bend;
 mod fake;
 mod faults;
 mod journeys;
+mod matrix;
 mod network;
 mod peers;
 mod restarts;
