@@ -2,9 +2,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::handover::{Handover, Taking, TakingEvent, Verdict};
+use crate::handover::{Handover, Taking, Token, Verdict};
 use crate::patience::{Cancel, Patience, TICK};
 use crate::wire::{Channel, Listener, Message, PeerError, Stream};
 
@@ -115,14 +115,19 @@ impl<L: Listener> Desk<L> {
         let limit = self.patience.running;
         let mut peer = Channel::new(stream, limit, self.stop.clone())?;
         peer.answer_greeting(limit)?;
+        let own = self.seat.lock().token();
         match peer.receive_message(limit)? {
+            Message::Query(token) if token == own => {
+                let verdict = self.decide(&mut self.seat.lock());
+                if say(&mut peer, verdict, token, limit)? {
+                    self.seat.lock().done();
+                    self.stop.cancel();
+                }
+                Ok(())
+            }
             Message::Query(token) => {
-                let verdict = {
-                    let mut seat = self.seat.lock();
-                    if seat.token() == token { self.decide(&mut seat) } else { Verdict::Unknown }
-                };
-                peer.send(&Message::Answer(verdict))?;
-                self.await_done(&mut peer)
+                let earlier = self.seat.lock().earlier(token);
+                answer_for(earlier, token, &mut peer, limit)
             }
             Message::Offer { .. } => {
                 peer.give_up("a guest has arrived here already: choose another destination");
@@ -134,22 +139,41 @@ impl<L: Listener> Desk<L> {
 
     /// Says RUNNING, or binds this side never to run: in one step, as the seat is locked.
     fn decide(&self, seat: &mut Handover<Taking>) -> Verdict {
-        if let Err(error) = seat.advance(TakingEvent::Queried) {
-            tracing::warn!(%error, "cannot write down that the guest never runs here");
-        }
+        let verdict = seat.asked();
         if seat.state() == Taking::Dead {
             self.decided.cancel();
         }
-        seat.state().verdict()
+        verdict
     }
+}
 
-    fn await_done<S: Stream>(&self, peer: &mut Channel<S>) -> Result<(), PeerError> {
-        match peer.receive_message(self.patience.running)? {
-            Message::Done(token) if token == self.seat.lock().token() => {
-                self.stop.cancel();
-                Ok(())
-            }
-            other => Err(peer.unexpected(&other)),
-        }
+/// Answers for an `earlier` process of this destination, if there was one that knew of `token`.
+pub(crate) fn answer_for<S: Stream>(
+    earlier: Option<Handover<Taking>>,
+    token: Token,
+    peer: &mut Channel<S>,
+    limit: Duration,
+) -> Result<(), PeerError> {
+    let Some(mut earlier) = earlier else {
+        return peer.send(&Message::Answer(Verdict::Unknown));
+    };
+    let verdict = earlier.asked();
+    if say(peer, verdict, token, limit)? {
+        earlier.done();
+    }
+    Ok(())
+}
+
+/// Says `verdict`; gives whether the source took note of it.
+fn say<S: Stream>(
+    peer: &mut Channel<S>,
+    verdict: Verdict,
+    token: Token,
+    limit: Duration,
+) -> Result<bool, PeerError> {
+    peer.send(&Message::Answer(verdict))?;
+    match peer.receive_message(limit)? {
+        Message::Done(theirs) if theirs == token => Ok(true),
+        other => Err(peer.unexpected(&other)),
     }
 }

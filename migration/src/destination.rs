@@ -11,7 +11,7 @@ use welcome::welcome;
 use crate::answering::{Answering, Seat};
 use crate::error::{Error, Failure, one_line};
 use crate::guest::{Arriving, Host};
-use crate::handover::{Handover, Taking, TakingEvent, Token, Verdict};
+use crate::handover::{Handover, Taking, TakingEvent, Token};
 use crate::patience::{Cancel, Patience};
 use crate::progress::{Progress, Stage, Watch};
 use crate::ram::{self, PageBitmap};
@@ -109,7 +109,7 @@ impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
         let seat = self.be_ready(listener, &mut outcome.answering)?;
         self.run_at_commit(&seat)?;
         outcome.report.downtime_ms = milliseconds(stopped.elapsed());
-        self.say_running(outcome.answering.as_ref());
+        self.say_running(&seat, outcome.answering.as_ref());
         Ok(())
     }
 
@@ -198,7 +198,7 @@ impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
             // Nobody waits for it on paper: a process that ends does not run the guest either.
             let _unwritten = seat.advance(TakingEvent::Lost);
             self.peer.set_cancel(Cancel::new());
-            let _unheard = self.peer.send(&Message::Answer(Verdict::Refused)); // it will ask
+            let _unheard = self.peer.send(&Message::Answer(seat.asked())); // it will ask
         }
         decided
     }
@@ -224,12 +224,13 @@ impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
     }
 
     /// RUNNING, answered by DONE. If the source does not hear, it asks, and is answered.
-    fn say_running(&mut self, answering: Option<&Answering>) {
+    fn say_running(&mut self, seat: &Seat, answering: Option<&Answering>) {
         self.peer.set_cancel(Cancel::new());
         let said = self.peer.send(&Message::Running(self.token));
         let heard = said.and_then(|()| self.peer.receive_message(self.patience.running));
         match heard {
             Ok(Message::Done(token)) if token == self.token => {
+                seat.lock().done();
                 answering.iter().for_each(|answering| answering.stop());
             }
             Ok(_) => tracing::warn!("the source did not say that it knows"),

@@ -55,6 +55,7 @@
 #![forbid(unsafe_code)]
 
 mod answering;
+mod asking;
 pub mod compat;
 mod destination;
 mod error;
@@ -74,6 +75,7 @@ mod trial;
 pub mod wire;
 
 pub use answering::Answering;
+pub use asking::ask;
 pub use destination::{Arrived, Homecoming, receive};
 pub use error::{Error, Failure, one_line};
 pub use source::{Options, send};

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use custody::Custody;
 
+use crate::asking::query;
 use crate::compat::Offer;
 use crate::error::{Error, Failure, one_line};
 use crate::guest::Departing;
-use crate::handover::{Giving, GivingEvent, Token, Verdict};
+use crate::handover::{Giving, Token, Verdict};
 use crate::patience::{Cancel, Patience, TICK};
 use crate::plan::{Entered, Phase, StepFailure};
 use crate::policy::{Decision, Policy};
@@ -272,39 +273,47 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
         peer.now("before it was ready");
         peer.send(&Message::End(peer.totals()))?;
         match peer.receive_message(self.options.patience.silence)? {
-            Message::Ready(theirs) if theirs == token => Ok(()),
+            Message::Ready(theirs) if theirs == token => {
+                let record = self.watch.take_record();
+                self.custody.ready(token, record).map_err(Error::Record)
+            }
             other => Err(peer.unexpected(&other).into()),
         }
     }
 
     /// Gives the guest away.
     ///
-    /// Until the first line succeeds any failure resumes it here. From there on COMMIT may have
-    /// left, and only the word of the destination tells who has it.
+    /// Until it is written down any failure resumes it here. From there on COMMIT may have left,
+    /// and only the word of the destination tells who has it.
     fn commit(mut self, peer: &mut Channel<S>, token: Token) -> Result<(), Error> {
         if self.watch.cancel.is_cancelled() {
             return Err(Error::Cancelled);
         }
-        let record = self.watch.take_record();
-        self.custody.give(token, record).map_err(Error::Record)?;
+        self.custody.give().map_err(Error::Record)?;
         self.show(peer, Stage::HandingOver);
         self.watch.cancel = Cancel::new(); // too late to stop
-        let verdict = self.hand_over(peer, token).or_else(|error| {
-            tracing::warn!(error = one_line(&error), "COMMIT was not answered: asking");
-            self.ask(token)
-        });
-        let state = match verdict {
-            Ok(verdict) => self.custody.heard(GivingEvent::Heard(verdict)),
-            Err(_) => Giving::Asked,
+        let state = match self.hand_over(peer, token) {
+            Ok(verdict) => {
+                let state = self.custody.heard(verdict, peer);
+                self.account(peer);
+                if state == Giving::Given {
+                    self.settle(peer);
+                }
+                state
+            }
+            Err(error) => {
+                tracing::warn!(error = one_line(&error), "COMMIT was not answered: asking");
+                self.ask(token)
+            }
         };
         match state {
             Giving::Given => Ok(()),
             Giving::Back => Err(Error::GivenBack),
-            Giving::Asked | Giving::Mine => Err(Error::Undecided { token }),
+            Giving::Asked | Giving::Mine | Giving::Awaited => Err(Error::Undecided { token }),
         }
     }
 
-    /// COMMIT, answered by RUNNING; then DONE.
+    /// COMMIT, answered by RUNNING.
     fn hand_over(&mut self, peer: &mut Channel<S>, token: Token) -> Result<Verdict, Error> {
         peer.now("before it said who has the guest");
         peer.set_cancel(Cancel::new());
@@ -313,9 +322,6 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
         match peer.receive_message(self.options.patience.running)? {
             Message::Running(theirs) if theirs == token => {
                 self.runs_there();
-                let _unheard = peer.send(&Message::Done(token)); // it stops listening in time
-                self.account(peer);
-                self.settle(peer);
                 Ok(Verdict::Running)
             }
             Message::Answer(verdict) if verdict != Verdict::Unknown => Ok(verdict),
@@ -324,35 +330,29 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
     }
 
     /// Asks on new connections who has the guest, until someone knows or patience ends.
-    fn ask(&mut self, token: Token) -> Result<Verdict, Error> {
+    fn ask(&mut self, token: Token) -> Giving {
         let until = Instant::now() + self.options.patience.asking;
         loop {
-            let asked = self.query(token);
-            match asked {
-                Ok(verdict @ (Verdict::Running | Verdict::Refused)) => return Ok(verdict),
-                _ if Instant::now() >= until => return Err(Error::Undecided { token }),
-                Ok(Verdict::Unknown) => tracing::warn!("the destination knows nothing of it"),
+            match self.query(token) {
+                Ok(Giving::Asked) => tracing::warn!("the destination knows nothing of it"),
+                Ok(state) => return state,
                 Err(error) => tracing::warn!(error = one_line(&error), "cannot ask"),
+            }
+            if Instant::now() >= until {
+                return Giving::Asked;
             }
             thread::sleep(4 * TICK);
         }
     }
 
-    fn query(&mut self, token: Token) -> Result<Verdict, Error> {
-        let limit = self.options.patience.greeting;
-        let mut peer = self.greet(limit)?;
-        peer.now("before it said who has the guest");
-        peer.send(&Message::Query(token))?;
-        match peer.receive_message(limit)? {
-            Message::Answer(verdict) => {
-                if verdict == Verdict::Running {
-                    self.runs_there();
-                }
-                let _unheard = peer.send(&Message::Done(token)); // it stops listening in time
-                Ok(verdict)
-            }
-            other => Err(peer.unexpected(&other).into()),
+    fn query(&mut self, token: Token) -> Result<Giving, Error> {
+        let stream = (self.connect)().map_err(Error::Connect)?;
+        let cancel = self.watch.cancel.clone();
+        let (verdict, mut peer) = query(stream, token, &self.options.patience, cancel)?;
+        if verdict == Verdict::Running {
+            self.runs_there();
         }
+        Ok(self.custody.heard(verdict, &mut peer))
     }
 
     /// Hears when its devices serve the guest again. Nothing but the report depends on it.

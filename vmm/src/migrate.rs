@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,12 +10,14 @@ use std::thread::Builder as Thread;
 use std::time::{Duration, Instant};
 
 use migration::guest::Departing;
+use migration::handover::{Giving, Handover};
 use migration::patience::{Cancel, Patience};
 use migration::plan::{Phase, Plan};
 use migration::progress::{Stage, Watch};
+use migration::record::FileRecord;
 use migration::report::{Report, Status};
 use migration::wire::{Listener, connect_tcp, listen_tcp};
-use migration::{Arrived, Failure, Options, receive, send};
+use migration::{Arrived, Error, Failure, Options, ask, receive, send};
 
 use crate::config::Address;
 use crate::control::{
@@ -53,6 +55,8 @@ pub(crate) struct Departure {
     pub(crate) request: MigrateRequest,
     pub(crate) reply: Replier,
     pub(crate) result: Result<Report, Box<Failure>>,
+    /// Where its decisions are written.
+    pub(crate) record: FileRecord,
 }
 
 /// Where the guest is after a departure.
@@ -63,13 +67,13 @@ pub(crate) enum Outcome {
     /// Here, as it was.
     Stayed,
     /// Nobody knows.
-    Undecided(Undecided),
+    Undecided(Undecided, Box<Handover<Giving>>),
 }
 
 impl Departure {
     /// Tells whoever asked for it, and gives the guest back with where it is.
     pub(crate) fn conclude(self) -> (Outcome, Leaving) {
-        let Self { mut guest, request, reply, result } = self;
+        let Self { mut guest, request, reply, result, record } = self;
         let outcome = match result {
             Ok(_) if request.dry_run => {
                 let plan = planned_steps(guest.plan());
@@ -84,11 +88,12 @@ impl Departure {
             Err(failure) => {
                 reply.finish(Ok(tell(&failure.report)));
                 match failure.error {
-                    migration::Error::Undecided { token } => Outcome::Undecided(Undecided {
-                        token: token.to_string(),
-                        to: request.to,
-                        stopped_s: 0,
-                    }),
+                    Error::Undecided { token } => {
+                        let (to, name) = (request.to, token.to_string());
+                        let half = Handover::gave(token, Giving::Asked, Box::new(record));
+                        let what = Undecided { token: name, to, stopped_s: 0 };
+                        Outcome::Undecided(what, Box::new(half))
+                    }
                     _ => Outcome::Stayed,
                 }
             }
@@ -121,6 +126,7 @@ pub(crate) fn depart(
     guest: Leaving,
     request: MigrateRequest,
     reply: Replier,
+    record: FileRecord,
     events: Events,
 ) -> Result<Underway, Box<NotBegun>> {
     let underway = Underway::new();
@@ -135,14 +141,12 @@ pub(crate) fn depart(
                 reply.progress(&progress);
             }
         };
-        let record = Box::new(migration::record::NoRecord);
-        let watch = Watch { progress: &mut progress, cancel, record };
+        let watch = Watch { progress: &mut progress, cancel, record: Box::new(record.clone()) };
         let options = options(&request);
         let result = match request.to.clone() {
             Address::Tcp { host, port } => {
                 let limit = options.patience.greeting;
-                let connect =
-                    || -> io::Result<TcpStream> { connect_tcp((host.as_str(), port), limit) };
+                let connect = || connect_tcp((host.as_str(), port), limit);
                 send(&mut guest, connect, &options, watch)
             }
             Address::Unix(path) => {
@@ -150,7 +154,7 @@ pub(crate) fn depart(
                 send(&mut guest, connect, &options, watch)
             }
         };
-        events.send(Event::Departed(Box::new(Departure { guest, request, reply, result })));
+        events.send(Event::Departed(Box::new(Departure { guest, request, reply, result, record })));
     });
     match thread {
         Ok(_) => {
@@ -158,6 +162,18 @@ pub(crate) fn depart(
             Ok(underway)
         }
         Err(error) => Err(Box::new(NotBegun { guest, reply, error })),
+    }
+}
+
+/// Asks at `to`, where a guest was given away, whether it runs there.
+pub(crate) fn ask_at(to: &Address, handover: &mut Handover<Giving>) -> Result<Giving, Error> {
+    let patience = Patience::default();
+    match to {
+        Address::Tcp { host, port } => {
+            let connect = || connect_tcp((host.as_str(), *port), patience.greeting);
+            ask(handover, connect, &patience)
+        }
+        Address::Unix(path) => ask(handover, || UnixStream::connect(path), &patience),
     }
 }
 
@@ -177,6 +193,7 @@ fn options(request: &MigrateRequest) -> Options {
 pub(crate) fn await_arrival(
     at: &Address,
     builder: Builder,
+    record: FileRecord,
     events: Events,
 ) -> io::Result<(Underway, Address)> {
     match at {
@@ -184,12 +201,12 @@ pub(crate) fn await_arrival(
             let listener: TcpListener = listen_tcp((host.as_str(), *port))?;
             let port = listener.local_addr()?.port();
             let address = Address::Tcp { host: host.clone(), port };
-            Ok((arrive(listener, builder, events)?, address))
+            Ok((arrive(listener, builder, record, events)?, address))
         }
         Address::Unix(path) => {
             let listener = UnixListener::bind(path)?;
             listener.set_nonblocking(true)?;
-            Ok((arrive(listener, builder, events)?, at.clone()))
+            Ok((arrive(listener, builder, record, events)?, at.clone()))
         }
     }
 }
@@ -197,6 +214,7 @@ pub(crate) fn await_arrival(
 fn arrive<L: Listener + 'static>(
     listener: L,
     mut builder: Builder,
+    record: FileRecord,
     events: Events,
 ) -> io::Result<Underway> {
     let underway = Underway::new();
@@ -206,8 +224,7 @@ fn arrive<L: Listener + 'static>(
         let mut progress = |now: &migration::progress::Progress| {
             meter.measure(now);
         };
-        let record = Box::new(migration::record::NoRecord);
-        let watch = Watch { progress: &mut progress, cancel, record };
+        let watch = Watch { progress: &mut progress, cancel, record: Box::new(record) };
         let arrival = receive(&mut builder, listener, &Patience::default(), watch);
         events.send(Event::Arrived(Box::new(arrival)));
     })?;

@@ -115,6 +115,10 @@ impl Host {
         Host { dir: tempfile::tempdir().unwrap(), asked: Arc::default() }
     }
 
+    fn state_dir(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
     fn runtime_dir(&self) -> PathBuf {
         self.dir.path().join("run")
     }
@@ -145,6 +149,7 @@ impl Host {
     fn command(&self, line: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_uvmm"));
         command.args(line.split_whitespace()).env("UVMM_RUNTIME_DIR", self.runtime_dir());
+        command.env("UVMM_STATE_DIR", self.state_dir());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

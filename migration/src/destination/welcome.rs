@@ -3,10 +3,11 @@
 use std::time::Instant;
 
 use super::Arrival;
+use crate::answering::answer_for;
 use crate::compat::{Mismatch, Offer};
 use crate::error::{Error, one_line};
 use crate::guest::{Arriving, Host};
-use crate::handover::{Token, Verdict};
+use crate::handover::{Token, earlier};
 use crate::patience::{Patience, TICK};
 use crate::progress::Watch;
 use crate::ram;
@@ -60,8 +61,9 @@ fn meet<H: Host, S: Stream>(
     peer.now("before it made an offer");
     let (offer, dry_run) = match peer.receive_message(patience.greeting)? {
         Message::Offer { offer, dry_run } => (offer, dry_run),
-        Message::Query(_) => {
-            peer.send(&Message::Answer(Verdict::Unknown))?;
+        Message::Query(token) => {
+            let earlier = earlier(&*watch.record, token);
+            answer_for(earlier, token, &mut peer, patience.greeting)?;
             return Ok(None);
         }
         other => return Err(peer.unexpected(&other).into()),

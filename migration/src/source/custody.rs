@@ -2,14 +2,16 @@
 
 use std::io;
 
+use crate::asking::hear;
 use crate::guest::Departing;
-use crate::handover::{Giving, GivingEvent, Handover, Token};
+use crate::handover::{Giving, GivingEvent, Handover, Token, Verdict};
 use crate::record::Record;
+use crate::wire::{Channel, Stream};
 
 /// Holds a guest during its migration. Dropping it takes everything back, if the guest is ours.
 pub(super) struct Custody<'a, G: Departing> {
     guest: &'a mut G,
-    /// None until the guest is given away.
+    /// None until the destination has a name for it, and so long the guest is ours.
     handover: Option<Handover<Giving>>,
 }
 
@@ -22,22 +24,26 @@ impl<'a, G: Departing> Custody<'a, G> {
         self.guest
     }
 
-    /// Writes down that the guest is given away. If that succeeds, COMMIT may leave, and dropping
-    /// this does not resume the guest any more.
-    pub(super) fn give(&mut self, token: Token, record: Box<dyn Record>) -> io::Result<()> {
-        let mut handover = Handover::giving(token, record);
-        let given = handover.advance(GivingEvent::Commit);
-        self.handover = Some(handover);
-        given.map(|_| ())
+    /// The destination is ready.
+    pub(super) fn ready(&mut self, token: Token, record: Box<dyn Record>) -> io::Result<()> {
+        self.handover.insert(Handover::giving(token, record)).advance(GivingEvent::Ready)?;
+        Ok(())
     }
 
-    /// Takes the word of the destination.
-    pub(super) fn heard(&mut self, event: GivingEvent) -> Giving {
-        let Some(handover) = &mut self.handover else { return Giving::Mine };
-        if let Err(error) = handover.advance(event) {
-            tracing::warn!(%error, "cannot write down who has the guest");
+    /// Writes down that the guest is given away. If that succeeds, COMMIT may leave, and dropping
+    /// this does not resume the guest any more.
+    pub(super) fn give(&mut self) -> io::Result<()> {
+        let handover = self.handover.as_mut().ok_or(io::ErrorKind::InvalidInput)?;
+        match handover.advance(GivingEvent::Commit)? {
+            Giving::Asked => Ok(()),
+            _ => Err(io::ErrorKind::InvalidInput.into()),
         }
-        handover.state()
+    }
+
+    /// Takes the word of the destination, and lets it forget.
+    pub(super) fn heard<S: Stream>(&mut self, verdict: Verdict, peer: &mut Channel<S>) -> Giving {
+        let Some(handover) = &mut self.handover else { return Giving::Mine };
+        hear(handover, verdict, peer)
     }
 }
 

@@ -1,9 +1,12 @@
 //! Both ends in one process: a fake guest, a network that breaks, peers that lie.
 
+mod bend;
 mod devices;
 mod fake;
 mod faults;
 mod journeys;
+mod matrix;
 mod network;
 mod peers;
+mod restarts;
 mod visitors;

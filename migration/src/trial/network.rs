@@ -11,6 +11,7 @@ use std::time::Duration;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
 
+use super::bend::Bend;
 use crate::wire::{Listener, Stream};
 
 /// How a connection breaks.
@@ -20,6 +21,20 @@ pub(super) enum Break {
     Shut,
     /// Neither does: bytes vanish.
     Hole,
+    /// It does not, but once one bit is wrong.
+    Flip,
+    /// It does not, but once what is sent comes twice.
+    Twice,
+    /// It does not, but once what is sent comes after what was sent later.
+    Swap,
+    /// It does not, but once it takes long.
+    Late,
+}
+
+impl Break {
+    fn ends_it(self) -> bool {
+        matches!(self, Self::Shut | Self::Hole)
+    }
 }
 
 /// How many bytes pass before a connection breaks: from the source, and to it.
@@ -39,6 +54,8 @@ pub(super) struct Line {
     stream: UnixStream,
     limits: Limits,
     broken: bool,
+    /// How far it is, from the source and to it, where it bends and does not break.
+    bends: [Bend; 2],
     /// What passed, in both directions, for later.
     passed: Arc<Mutex<(usize, usize)>>,
 }
@@ -55,7 +72,7 @@ impl Line {
         match (self.broken, self.limits.how) {
             (false, _) => Ok(wanted.min(left)),
             (true, Break::Shut) => Ok(0),
-            (true, Break::Hole) => {
+            (true, _) => {
                 thread::sleep(Duration::from_millis(2));
                 Err(ErrorKind::WouldBlock.into())
             }
@@ -86,8 +103,32 @@ impl Line {
     }
 }
 
+impl Line {
+    fn write_bent(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.bends[0].pass(bytes).iter().try_for_each(|bytes| self.stream.write_all(bytes))
+    }
+
+    fn read_bent(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let Self { stream, bends: [_, bend], .. } = self;
+        while bend.ready.is_empty() {
+            let read = stream.read(bytes)?;
+            if read == 0 {
+                return Ok(0);
+            }
+            let passed = bend.pass(&bytes[..read]).concat();
+            bend.ready.extend(passed);
+        }
+        let count = bend.ready.len().min(bytes.len());
+        bytes.iter_mut().zip(bend.ready.drain(..count)).for_each(|(to, from)| *to = from);
+        Ok(count)
+    }
+}
+
 impl Read for Line {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        if !self.limits.how.ends_it() {
+            return self.read_bent(bytes);
+        }
         let allowed = self.allowed(self.limits.back, bytes.len())?;
         let read = self.stream.read(&mut bytes[..allowed])?;
         Ok(self.came(read))
@@ -96,6 +137,10 @@ impl Read for Line {
 
 impl Write for Line {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if !self.limits.how.ends_it() {
+            self.write_bent(bytes)?;
+            return Ok(bytes.len());
+        }
         let allowed = self.outward(bytes.len())?;
         if self.broken {
             return Ok(allowed);
@@ -189,6 +234,7 @@ impl Network {
         let (stream, other) = UnixStream::pair()?;
         self.door.send(other).map_err(|_| ErrorKind::ConnectionRefused)?;
         let passed = if self.connections == 1 { self.passed.clone() } else { Arc::default() };
-        Ok(Line { stream, limits, broken: false, passed })
+        let bends = [limits.out, limits.back].map(|at| Bend::new(at, limits.how));
+        Ok(Line { stream, limits, broken: false, bends, passed })
     }
 }

@@ -11,14 +11,14 @@ use super::fake::{FakeGuest, Fault, LOW_PAGES, World, ram};
 use super::journeys::options;
 use crate::compat::Mismatch;
 use crate::error::{Error, one_line};
-use crate::handover::Token;
+use crate::handover::{Token, Verdict};
 use crate::patience::Cancel;
 use crate::progress::Watch;
 use crate::ram::receive;
 use crate::record::NoRecord;
 use crate::report::Status;
 use crate::source::send;
-use crate::wire::{Channel, Frame, Hello, Message, Received};
+use crate::wire::{Channel, Frame, Hello, Message, Received, sum_of};
 use proptest::prelude::*;
 
 /// What the source says after it met a peer that does `act`, having left the guest running.
@@ -171,6 +171,26 @@ fn nobody_there_is_an_error_that_says_what_to_check() {
     assert!(line.ends_with("check the address, and that uvmm waits there: connection refused"));
 }
 
+#[test]
+fn one_wrong_bit_cannot_turn_an_answer_into_another() {
+    let bytes = postcard::to_stdvec(&Message::Answer(Verdict::Running)).unwrap();
+    let header = Frame::Message { len: bytes.len() }.encode();
+    let whole = [&header[..], &bytes[..], &sum_of(&header, &bytes)[..]].concat();
+    let receive = |bytes: &[u8]| {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(bytes).unwrap();
+        theirs.shutdown(Shutdown::Write).unwrap();
+        let mut peer = Channel::new(ours, Duration::from_secs(1), Cancel::new()).unwrap();
+        peer.receive_message(Duration::from_secs(1))
+    };
+    assert_eq!(receive(&whole).unwrap(), Message::Answer(Verdict::Running));
+    for bit in 0..whole.len() * 8 {
+        let mut wrong = whole.clone();
+        wrong[bit / 8] ^= 1 << (bit % 8);
+        assert!(receive(&wrong).is_err(), "bit {bit}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
@@ -194,8 +214,10 @@ proptest! {
     #[test]
     fn messages_that_do_not_decode_are_errors(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        theirs.write_all(&Frame::Message { len: bytes.len() }.encode()).unwrap();
+        let header = Frame::Message { len: bytes.len() }.encode();
+        theirs.write_all(&header).unwrap();
         theirs.write_all(&bytes).unwrap();
+        theirs.write_all(&sum_of(&header, &bytes)).unwrap();
         theirs.shutdown(Shutdown::Write).unwrap();
         let mut peer = Channel::new(ours, Duration::from_secs(1), Cancel::new()).unwrap();
         if let Ok(message) = peer.receive_message(Duration::from_secs(1)) {

@@ -123,8 +123,10 @@ impl<S: Stream> Channel<S> {
         if bytes.len() > MESSAGE_LIMIT {
             return Err(PeerError::TooLarge { size: bytes.len(), limit: MESSAGE_LIMIT });
         }
-        self.link.gather(&Frame::Message { len: bytes.len() }.encode());
+        let header = Frame::Message { len: bytes.len() }.encode();
+        self.link.gather(&header);
         self.link.gather(&bytes);
+        self.link.gather(&sum_of(&header, &bytes));
         self.link.flush()
     }
 
@@ -223,6 +225,11 @@ impl<S: Stream> Channel<S> {
             }
             Frame::Message { len } => {
                 let bytes = self.link.read_vec(len, Some(until))?;
+                let mut sum = [0; 4];
+                self.link.read_exact(&mut sum, Some(until))?;
+                if sum != sum_of(&header, &bytes) {
+                    return Err(self.garbage("a message with a wrong checksum".into()));
+                }
                 match decode_exact(&bytes) {
                     Ok(Message::GaveUp(why)) => Err(self.gave_up(&why)),
                     Ok(message) => Ok(Received::Message(message)),
@@ -276,4 +283,12 @@ impl<S: Stream> Channel<S> {
         let why = why.chars().take(WORDS).flat_map(char::escape_debug).collect();
         PeerError::GaveUp { peer: self.link.peer.clone(), during: self.link.during, why }
     }
+}
+
+/// The checksum behind a message: one wrong bit could say that the guest runs where it does not.
+pub(crate) fn sum_of(header: &[u8; HEADER], bytes: &[u8]) -> [u8; 4] {
+    let mut sum = crc32fast::Hasher::new();
+    sum.update(header);
+    sum.update(bytes);
+    sum.finalize().to_le_bytes()
 }

@@ -25,7 +25,7 @@ const CHECKED: u16 = 1;
 /// A header that makes sense, which promises what follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frame {
-    /// `len` bytes of postcard.
+    /// `len` bytes of postcard, and a CRC-32 of this header and them.
     Message {
         /// At most [`MESSAGE_LIMIT`].
         len: usize,

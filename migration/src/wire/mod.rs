@@ -11,6 +11,8 @@ mod stream;
 
 pub use channel::Channel;
 pub(crate) use channel::Received;
+#[cfg(test)]
+pub(crate) use channel::sum_of;
 pub use error::PeerError;
 pub use frame::{FRAME_LIMIT, Frame, MESSAGE_LIMIT};
 pub use hello::{Hello, VERSIONS};

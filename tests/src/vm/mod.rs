@@ -99,6 +99,7 @@ impl Uvmm {
     ) -> Command {
         command.args(arguments.into_iter().map(Into::into)).stdin(Stdio::null());
         command.env("UVMM_RUNTIME_DIR", self.runtime_dir());
+        command.env("UVMM_STATE_DIR", self.dir.path().join("state"));
         command
     }
 

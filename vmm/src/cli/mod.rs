@@ -29,7 +29,8 @@ Exit status:
   128+N  for run: signal N ended the VM
 
 Running VMs are found in $UVMM_RUNTIME_DIR, else $XDG_RUNTIME_DIR/uvmm, else /run/uvmm for root
-and /tmp/uvmm-UID for others.";
+and /tmp/uvmm-UID for others. What must outlive a VM that was given away is in $UVMM_STATE_DIR,
+else /var/lib/uvmm for root, and $XDG_STATE_HOME/uvmm or ~/.local/state/uvmm for others.";
 
 /// Runs Linux guests in small virtual machines and moves them between hosts while they run.
 #[derive(Debug, Parser)]

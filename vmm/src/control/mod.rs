@@ -14,6 +14,7 @@ mod replier;
 mod runtime_dir;
 mod server;
 mod slot;
+mod state_dir;
 #[cfg(test)]
 mod tests;
 
@@ -26,3 +27,4 @@ pub use replier::Replier;
 pub use runtime_dir::{Claim, RuntimeDir, RuntimeDirError};
 pub use server::{Call, Server, ServerError};
 pub use slot::{Light, Power, SlotInfo, SlotProgress, SlotStage};
+pub use state_dir::{StateDir, StateDirError};

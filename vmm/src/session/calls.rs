@@ -3,10 +3,13 @@
 use std::mem;
 
 use migration::guest::Departing;
+use migration::handover::{GivingEvent, Verdict};
 
 use super::{Ending, Next, Session, Tenant};
 use crate::cause;
-use crate::control::{Call, Decision, Info, MigrateRequest, Replier, Request, State, Undecided};
+use crate::control::{
+    Call, Decision, Info, MigrateRequest, Replier, Request, State, StateDir, Undecided,
+};
 use crate::guest::{Leaving, Stays, Traits};
 use crate::machine::Machine;
 use crate::migrate::{self, NotBegun};
@@ -104,9 +107,15 @@ impl Session {
 
     fn migrate(&mut self, request: MigrateRequest, reply: Replier) {
         let fit = self.nothing_is_plugged().and_then(|()| self.machine("migrate").map(|_| ()));
-        if let Err(error) = fit {
-            return reply.finish::<()>(Err(error));
-        }
+        let record = fit.and_then(|()| {
+            let peer = request.to.to_string();
+            let record = StateDir::find().and_then(|dir| dir.record(self.claim.name(), peer));
+            record.map_err(|error| cause::chain(&error))
+        });
+        let record = match record {
+            Ok(record) => record,
+            Err(error) => return reply.finish::<()>(Err(error)),
+        };
         let Tenant::Here(machine) = mem::replace(&mut self.tenant, Tenant::Between) else {
             unreachable!("the machine is here")
         };
@@ -124,7 +133,8 @@ impl Session {
                 return reply.finish::<()>(Err(cause::chain(&error)));
             }
         };
-        self.tenant = match migrate::depart(guest, request, reply, self.host.events.clone()) {
+        let events = self.host.events.clone();
+        self.tenant = match migrate::depart(guest, request, reply, record, events) {
             Ok(underway) => Tenant::Leaving { underway, seats, after: Next::Stay },
             Err(not_begun) => {
                 let NotBegun { guest, reply, error } = *not_begun;
@@ -163,20 +173,36 @@ impl Session {
                 reply.finish(Ok(Undecided { stopped_s, ..what.clone() }));
                 Next::Stay
             }
-            Some(Decision::Discard) => {
+            Some(decision) => {
+                let next = self.decide(decision);
                 reply.finish(Ok(()));
-                Next::End(Ending::Quit)
-            }
-            Some(Decision::RunHere) => {
-                let tenant = mem::replace(&mut self.tenant, Tenant::Between);
-                if let Tenant::Undecided { mut guest, .. } = tenant {
-                    guest.plan().undo();
-                    guest.dirty().stop();
-                    self.tenant = self.stays(*guest);
-                }
-                reply.finish(Ok(()));
-                Next::Stay
+                next
             }
         }
+    }
+
+    /// Takes the word of a person, or of the destination, about an undecided migration.
+    fn decide(&mut self, decision: Decision) -> Next {
+        let Tenant::Undecided { handover, .. } = &mut self.tenant else {
+            return Next::Stay;
+        };
+        let verdict = match decision {
+            Decision::RunHere => Verdict::Refused,
+            Decision::Discard => Verdict::Running,
+        };
+        if let Err(error) = handover.advance(GivingEvent::Heard(verdict)) {
+            tracing::warn!(%error, "cannot write down what was decided");
+        }
+        handover.settle();
+        if !handover.state().may_run() {
+            return Next::End(Ending::Quit);
+        }
+        let tenant = mem::replace(&mut self.tenant, Tenant::Between);
+        if let Tenant::Undecided { mut guest, .. } = tenant {
+            guest.plan().undo();
+            guest.dirty().stop();
+            self.tenant = self.stays(*guest);
+        }
+        Next::Stay
     }
 }

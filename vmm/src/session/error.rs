@@ -4,7 +4,7 @@ use std::io;
 
 use crate::config::Address;
 use crate::console::ConsoleError;
-use crate::control::{RuntimeDirError, ServerError};
+use crate::control::{RuntimeDirError, ServerError, StateDirError};
 use crate::machine;
 use crate::vcpu;
 
@@ -23,6 +23,9 @@ pub(crate) enum Error {
     /// The name is in use, or cannot be used.
     #[error(transparent)]
     Name(#[from] RuntimeDirError),
+    /// A guest of that name may run elsewhere, or nothing can be written of one that arrives.
+    #[error(transparent)]
+    State(#[from] StateDirError),
     /// No control socket.
     #[error(transparent)]
     Server(#[from] ServerError),

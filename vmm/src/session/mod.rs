@@ -11,15 +11,16 @@ use std::mem;
 use std::time::Instant;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use migration::handover::{Giving, Handover};
 use migration::{Answering, Homecoming};
 
 use alarm::AlarmClock;
 pub(crate) use error::Error;
 use seat::Seat;
 
-use crate::config::{Address, Boot, MachineConfig, RunConfig};
+use crate::config::{Address, Boot, MachineConfig, RunConfig, VmName};
 use crate::console::Console;
-use crate::control::{Claim, RuntimeDir, Server, Undecided};
+use crate::control::{Claim, RuntimeDir, Server, StateDir, StateDirError, Undecided};
 use crate::event::{self, Event, Wake};
 use crate::guest::{Builder, Leaving, Settler};
 use crate::hotplug::Underway as Plugging;
@@ -51,6 +52,9 @@ pub(crate) fn run(config: RunConfig) -> Result<Ending, Error> {
     // Before any thread is started: they inherit it.
     block_kicks().map_err(Error::Signals)?;
     let claim = RuntimeDir::open()?.claim(config.name.as_ref())?;
+    if let (Some(name), None) = (&config.name, &config.incoming) {
+        allow_boot(name)?;
+    }
     let (events, queue) = event::queue().map_err(Error::Events)?;
     let console = Console::open(&config.serial)?;
     let host = HostSide {
@@ -71,6 +75,14 @@ pub(crate) fn run(config: RunConfig) -> Result<Ending, Error> {
             }
         }
         manager.run().map_err(Error::EventLoop)?;
+    }
+}
+
+/// A guest that was given away and may run elsewhere is not booted a second time.
+fn allow_boot(name: &VmName) -> Result<(), StateDirError> {
+    match StateDir::find() {
+        Err(StateDirError::Nowhere) => Ok(()), // then nothing was ever given away from here
+        found => found?.allow_boot(name),
     }
 }
 
@@ -137,7 +149,12 @@ enum Tenant {
     /// On its way in, or awaited at this address.
     Arriving { underway: Underway, at: Address },
     /// Here and standing still, since nobody knows whether it runs elsewhere.
-    Undecided { guest: Box<Leaving>, what: Undecided, since: Instant },
+    Undecided {
+        guest: Box<Leaving>,
+        what: Undecided,
+        since: Instant,
+        handover: Box<Handover<Giving>>,
+    },
     /// Nowhere: only while one of the others takes the place of another.
     Between,
 }
@@ -193,7 +210,9 @@ impl Session {
 
     fn await_guest(&mut self, address: Address) -> Result<(), Error> {
         let builder = Builder::new(self.host.clone());
-        let (underway, at) = migrate::await_arrival(&address, builder, self.host.events.clone())
+        let record = StateDir::find()?.record(self.claim.name(), address.to_string())?;
+        let events = self.host.events.clone();
+        let (underway, at) = migrate::await_arrival(&address, builder, record, events)
             .map_err(|source| Error::Incoming { at: address, source })?;
         tracing::info!(%at, "waiting for a guest");
         self.tenant = Tenant::Arriving { underway, at };
@@ -244,8 +263,9 @@ impl Session {
         match outcome {
             Outcome::Gone => return Next::End(Ending::Migrated),
             Outcome::Stayed => self.tenant = self.stays(guest),
-            Outcome::Undecided(what) => {
-                self.tenant = Tenant::Undecided { guest: Box::new(guest), what, since: stopped };
+            Outcome::Undecided(what, handover) => {
+                let guest = Box::new(guest);
+                self.tenant = Tenant::Undecided { guest, what, since: stopped, handover };
             }
         }
         after

@@ -1,0 +1,47 @@
+//! What is fuzzed: each function takes any bytes at all, and panics only where uvmm is wrong.
+//!
+//! `cargo +nightly fuzz run --fuzz-dir devices/fuzz TARGET` runs one for as long as one likes, and
+//! `cargo test -p devices --test fuzz` all of them for a few seconds, both from what is kept in
+//! `devices/fuzz/corpus`.
+#![allow(dead_code, unused_imports, reason = "each target is one of these")]
+
+mod machines;
+mod peers;
+mod states;
+
+use migration::compat::{Offer, Profile, Rule, agree};
+use migration::state::decode_exact;
+
+pub(crate) use peers::{destination, give_to, refused, source};
+pub(crate) use states::states;
+
+/// Each target with its name, and something valid to begin with.
+pub(crate) type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
+
+pub(crate) const TARGETS: [Target; 4] = [
+    ("destination", destination, peers::from_a_source),
+    ("source", source, peers::from_a_destination),
+    ("offer", offer, offers),
+    ("states", states, states::valid),
+];
+
+/// What is offered is compared with what there is, whatever it is.
+pub(crate) fn offer(data: &[u8]) {
+    let Ok(offer) = decode_exact::<Offer>(data) else { return };
+    let have = machines::profile();
+    if let Err(mismatches) = agree(&offer.profile, &have) {
+        assert!(!mismatches.is_empty());
+        for mismatch in mismatches {
+            assert!(mismatch.to_string().chars().all(|c| !c.is_control()), "{mismatch}");
+        }
+    }
+    let again = postcard::to_stdvec(&offer).expect("what was decoded encodes");
+    let again: Offer = decode_exact(&again).expect("what was encoded decodes");
+    assert!(again == offer);
+}
+
+fn offers() -> Vec<Vec<u8>> {
+    let profile = Profile::new().with("device", Rule::Eq, "radio").with("cpus", Rule::AtLeast, 9);
+    let other = Offer { profile, ..machines::offer() };
+    [machines::offer(), other].iter().map(|o| postcard::to_stdvec(o).expect("plain")).collect()
+}

@@ -1,0 +1,119 @@
+//! The targets of `devices/fuzz`, bounded, on any compiler.
+//!
+//! What is kept in `devices/fuzz/corpus` and what the targets call valid is run each time, and
+//! changed at random for as long as `UVMM_FUZZ_SECONDS` says, one second for each target unless it
+//! is set. What fails is printed; put it into the corpus.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+#[path = "../fuzz/targets/mod.rs"]
+mod targets;
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use targets::{TARGETS, Target};
+
+/// Numbers that look random enough (Marsaglia, "Xorshift RNGs", 2003).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 >> 33).unwrap() % limit.max(1)
+    }
+
+    fn byte(&mut self) -> u8 {
+        const TELLING: [u8; 8] = [0, 1, 2, 4, 0x10, 0x7f, 0x80, 0xff];
+        match self.below(3) {
+            0 => TELLING[self.below(TELLING.len())],
+            _ => u8::try_from(self.below(256)).unwrap(),
+        }
+    }
+
+    /// `data` with a few bytes changed, inserted or removed, or more of `other` behind it.
+    fn change(&mut self, data: &[u8], other: &[u8]) -> Vec<u8> {
+        let mut data = data.to_vec();
+        for _ in 0..=self.below(4) {
+            let at = self.below(data.len() + 1);
+            let byte = self.byte();
+            match self.below(5) {
+                0 => data.insert(at, byte),
+                1 if at < data.len() => drop(data.remove(at)),
+                2 => data.extend(&other[self.below(other.len() + 1)..]),
+                3 => data.truncate(at),
+                _ => {
+                    if let Some(old) = data.get_mut(at) {
+                        *old = byte;
+                    }
+                }
+            }
+        }
+        data.truncate(16 << 10);
+        data
+    }
+}
+
+fn try_it((name, target, _): Target, data: &[u8]) {
+    if let Err(why) = catch_unwind(AssertUnwindSafe(|| target(data))) {
+        let hex: String = data.iter().map(|byte| format!("{byte:02x}")).collect();
+        eprintln!("{name} fails on: {hex}");
+        resume_unwind(why);
+    }
+}
+
+fn kept(name: &str) -> Vec<Vec<u8>> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
+    let entries = std::fs::read_dir(dir).expect("there is a corpus for each target");
+    entries.map(|entry| std::fs::read(entry.unwrap().path()).unwrap()).collect()
+}
+
+#[test]
+fn nothing_that_is_said_or_saved_does_harm() {
+    let seconds = std::env::var("UVMM_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
+    let each = Duration::from_secs(seconds.unwrap_or(1));
+    for target in TARGETS {
+        let (name, _, valid) = target;
+        let mut known = [kept(name), valid()].concat();
+        known.iter().for_each(|data| try_it(target, data));
+        let end = Instant::now() + each;
+        let mut random = Random(u64::from(std::process::id()) << 20 | 1);
+        let mut runs = known.len();
+        while Instant::now() < end {
+            let [one, other] = [0; 2].map(|_| random.below(known.len()));
+            let data = random.change(&known[one], &known[other]);
+            try_it(target, &data);
+            runs += 1;
+            // Long ways begin with small steps: some of what was tried is changed further.
+            if known.len() < 256 {
+                known.push(data);
+            }
+        }
+        println!("{name}: {runs} runs");
+    }
+}
+
+#[test]
+fn what_is_valid_goes_all_the_way() {
+    const LULL: Duration = Duration::from_millis(200);
+    let [(_, _, said), ..] = TARGETS;
+    let refused: Vec<_> = said().iter().map(|said| targets::refused(said, LULL)).collect();
+    assert!(refused[2].contains("unexpected COMMIT"), "another token: {}", refused[2]);
+    let [_, (_, _, said), ..] = TARGETS;
+    let gave: Vec<_> = said().iter().map(|said| targets::give_to(said)).collect();
+    assert_eq!(gave, [false, false, true, false]);
+}
+
+#[test]
+#[ignore = "writes what is valid now into the corpus"]
+fn keep_what_is_valid() {
+    for (name, _, valid) in TARGETS {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
+        std::fs::create_dir_all(&dir).unwrap();
+        for (number, data) in valid().iter().enumerate() {
+            std::fs::write(dir.join(format!("valid-{number}")), data).unwrap();
+        }
+    }
+}
