@@ -268,6 +268,26 @@ fn a_guest_whose_source_was_killed_after_commit_is_not_booted_before_it_was_aske
 }
 
 #[test]
+fn both_ends_of_a_migration_can_share_a_host() {
+    if !usable() {
+        return;
+    }
+    let host = Host::new();
+    let at = free_port();
+    let source = host.run("--memory 64M");
+    let line = format!("run --name other --serial null --incoming tcp:{at}");
+    let destination = Vm(host.command(&line).spawn().unwrap());
+    while !host.uvmm("info --vm other").0 {
+        thread::sleep(Duration::from_millis(20));
+    }
+    let (moved, report) = host.uvmm(&format!("migrate --vm web --to {at} --json"));
+    assert!(moved, "{report}");
+    assert_eq!(source.ended(), Some(0));
+    assert_eq!(host.decisions(), 0);
+    drop(destination);
+}
+
+#[test]
 #[ignore = "takes more than a minute: a source asks for so long"]
 fn an_undecided_guest_is_decided_by_asking_again() {
     if !usable() {
