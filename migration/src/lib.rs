@@ -24,11 +24,12 @@
 //!             nothing dirty since         │
 //!             END(totals) ────────────────┼───────────────►
 //!                   ◄─────────────────────┼──────────────── READY(token)    from here: answering
+//!                                         │                written down: ready, before READY
 //!    commit   written down: asked         │ downtime
 //!             COMMIT(token) ──────────────┼───────────────► written down: running; run
 //!                   ◄─────────────────────┴──────────────── RUNNING(token)
 //!             written down: given
-//!             DONE(token) ────────────────────────────────► answering ends
+//!             DONE(token) ────────────────────────────────► answering ends, all is forgotten
 //! ```
 //!
 //! Before COMMIT may have left, whatever fails at either side undoes the plan, and the guest runs
@@ -38,16 +39,37 @@
 //! ```text
 //!       ask   HELLO, QUERY(token) ────────────────────────► ready? written down: dead
 //!                   ◄──────────────────── ANSWER(running | refused | unknown)
+//!             written down: given, back
+//!             DONE(token) ────────────────────────────────► answering ends, all is forgotten
 //! ```
 //!
 //! *Running* ends the migration, *refused* gives the guest back to the source: a destination that
 //! is asked before it got COMMIT binds itself never to run. If nobody answers in time the
 //! migration ends as [`Error::Undecided`], the guest stopped. The decision is two small machines
-//! without any I/O, in [`handover`], which a test explores completely.
+//! without any I/O, in [`handover`], with a table of the states of both sides; a test explores
+//! them completely.
+//!
+//! Either process may be gone by the time when it is asked or would ask. What is written down, in a
+//! [`record`], is what a later one goes by: a destination that is started again with the records of
+//! the one before it answers for that one, and whoever finds that a guest was given away here calls
+//! [`ask`] before it boots that guest again.
+//!
+//! # Versions
+//!
+//! HELLO is frozen: a magic number, and the oldest and the newest version that its sender speaks.
+//! Both sides go by the newest version that both speak; if there is none they say so, each with
+//! both ranges, and nothing has happened. So a build speaks to the one before it and the one after
+//! it as long as it keeps the older version in its range:
+//! - whatever changes a frame or a message is a new version ([`wire::VERSIONS`]);
+//! - messages are numbered by their place in [`wire::Message`]: new ones go to the end;
+//! - the state of each device has a version of its own ([`state::Saved`]), and says which older
+//!   ones it reads, so that a device can change without a new version of all.
 //!
 //! Either side may end it with GAVE UP and a reason. Every wait is bounded by [`patience`]. What a
 //! peer sends is not trusted: lengths are checked before they are believed, addresses before they
-//! are used, texts before they are printed.
+//! are used, texts before they are printed. Messages carry a checksum, since one wrong bit could
+//! turn one answer into the other; the headers of memory and all state are summed up in END, and
+//! the content of memory too if that is wished.
 //!
 //! What is on the wire: [`wire`]. How state becomes bytes: [`state`]. Which pages to send:
 //! [`ram`]. What two machines must have in common: [`compat`]. Who does what when, and how it is

@@ -4,7 +4,7 @@ mod file;
 
 use std::io;
 
-pub use file::{About, FileRecord, Written};
+pub use file::{About, FileRecord, Side, Written};
 
 use crate::handover::{Giving, Taking, Token};
 

@@ -1,4 +1,5 @@
-//! Decisions in files: one small text file per migration, `TOKEN.handover`.
+//! Decisions in files: one small text file per migration and side of it, `TOKEN.source` and
+//! `TOKEN.destination`, since both sides may be on one host.
 //!
 //! ```text
 //! name web
@@ -25,7 +26,31 @@ use crate::handover::{Giving, Taking, Token};
 
 /// The most that is read of one file, in bytes. Longer ones are not ours.
 const SIZE_LIMIT: u64 = 64 << 10;
-const SUFFIX: &str = "handover";
+
+/// Which half of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The half that had the guest.
+    Source,
+    /// The half that shall have it.
+    Destination,
+}
+
+impl Side {
+    const fn suffix(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+
+    fn of(role: Role) -> Self {
+        match role {
+            Role::Source(_) => Self::Source,
+            Role::Destination(_) => Self::Destination,
+        }
+    }
+}
 
 /// What a file says besides the decision, for people and for whoever asks later.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -56,7 +81,7 @@ pub struct Written {
 pub struct FileRecord {
     directory: PathBuf,
     about: About,
-    open: Arc<Mutex<Option<(Token, File)>>>,
+    open: Arc<Mutex<Option<(Token, Side, File)>>>,
 }
 
 impl FileRecord {
@@ -75,9 +100,15 @@ impl FileRecord {
         let mut list = Vec::new();
         for entry in entries {
             let name = entry?.file_name();
-            let stem = name.to_str().and_then(|name| name.strip_suffix(SUFFIX)?.strip_suffix('.'));
-            let Some(token) = stem.and_then(|stem| stem.parse().ok()) else { continue };
-            match look(directory, token) {
+            let parts = name.to_str().and_then(|name| name.split_once('.'));
+            let Some((Ok(token), suffix)) = parts.map(|(stem, end)| (stem.parse(), end)) else {
+                continue;
+            };
+            let sides = [Side::Source, Side::Destination];
+            let Some(side) = sides.into_iter().find(|side| side.suffix() == suffix) else {
+                continue;
+            };
+            match look(directory, token, side) {
                 Ok(written) => list.push(written),
                 Err(error) => tracing::warn!(%error, %token, "cannot read a record"),
             }
@@ -88,8 +119,12 @@ impl FileRecord {
 
     /// Takes over what a process that ended wrote about `token`, or has not yet let go of. None if
     /// there is nothing, or if that process lives.
-    pub fn take_over(directory: &Path, token: Token) -> io::Result<Option<(Written, Self)>> {
-        let file = match options().open(path(directory, token)) {
+    pub fn take_over(
+        directory: &Path,
+        token: Token,
+        side: Side,
+    ) -> io::Result<Option<(Written, Self)>> {
+        let file = match options().open(path(directory, token, side)) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             file => file?,
         };
@@ -98,12 +133,12 @@ impl FileRecord {
         }
         let written = read(&file, token, false)?;
         let record = Self::new(directory, written.about.clone());
-        *record.open.lock().unwrap_or_else(PoisonError::into_inner) = Some((token, file));
+        *record.open.lock().unwrap_or_else(PoisonError::into_inner) = Some((token, side, file));
         Ok(Some((written, record)))
     }
 
-    fn begin(&self, token: Token) -> io::Result<File> {
-        let mut file = options().create(true).open(path(&self.directory, token))?;
+    fn begin(&self, token: Token, side: Side) -> io::Result<File> {
+        let mut file = options().create(true).open(path(&self.directory, token, side))?;
         if !lock(&file)? {
             return Err(io::Error::new(ErrorKind::WouldBlock, "another process writes there"));
         }
@@ -124,10 +159,11 @@ impl Record for FileRecord {
     fn write(&mut self, token: Token, role: Role) -> io::Result<()> {
         let (_, word) = ROLES.iter().find(|(known, _)| *known == role).expect("all are listed");
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if open.as_ref().is_none_or(|(of, _)| *of != token) {
-            *open = Some((token, self.begin(token)?));
+        let side = Side::of(role);
+        if open.as_ref().is_none_or(|(of, half, _)| (*of, *half) != (token, side)) {
+            *open = Some((token, side, self.begin(token, side)?));
         }
-        let (_, file) = open.as_mut().expect("just opened");
+        let (_, _, file) = open.as_mut().expect("just opened");
         // The line break before it ends what an earlier write may have torn.
         file.write_all(format!("\n{word}\n").as_bytes())?;
         file.sync_all()
@@ -135,7 +171,10 @@ impl Record for FileRecord {
 
     fn forget(&mut self, token: Token) -> io::Result<()> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        match fs::remove_file(path(&self.directory, token)) {
+        let Some((_, side, _)) = open.as_ref().filter(|(of, _, _)| *of == token) else {
+            return Ok(());
+        };
+        match fs::remove_file(path(&self.directory, token, *side)) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
             _ => {}
         }
@@ -144,7 +183,8 @@ impl Record for FileRecord {
     }
 
     fn earlier(&self, token: Token) -> io::Result<Option<(Role, Box<dyn Record>)>> {
-        let Some((written, record)) = Self::take_over(&self.directory, token)? else {
+        let Some((written, record)) = Self::take_over(&self.directory, token, Side::Destination)?
+        else {
             return Ok(None);
         };
         Ok(written.role.map(|role| (role, Box::new(record) as _)))
@@ -157,8 +197,8 @@ fn options() -> OpenOptions {
     options
 }
 
-fn path(directory: &Path, token: Token) -> PathBuf {
-    directory.join(format!("{token}.{SUFFIX}"))
+fn path(directory: &Path, token: Token, side: Side) -> PathBuf {
+    directory.join(format!("{token}.{}", side.suffix()))
 }
 
 /// Locks `file` for as long as it is open; false if a living process has it.
@@ -170,8 +210,8 @@ fn lock(file: &File) -> io::Result<bool> {
 }
 
 /// Reads without keeping the lock.
-fn look(directory: &Path, token: Token) -> io::Result<Written> {
-    let file = options().open(path(directory, token))?;
+fn look(directory: &Path, token: Token, side: Side) -> io::Result<Written> {
+    let file = options().open(path(directory, token, side))?;
     // Shared, so that two who look at once do not take each other for the owner.
     let free = flock(&file, FlockOperation::NonBlockingLockShared).is_ok();
     read(&file, token, !free)
@@ -229,7 +269,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let token = token();
         let mut record = FileRecord::new(directory.path(), about());
-        for (role, _) in ROLES {
+        for (role, _) in ROLES.into_iter().filter(|(role, _)| Side::of(*role) == Side::Destination)
+        {
             record.write(token, role).unwrap();
             let list = FileRecord::list(directory.path()).unwrap();
             assert_eq!((list.len(), list[0].role, list[0].living), (1, Some(role), true));
@@ -241,7 +282,7 @@ mod tests {
         let other = FileRecord::new(directory.path(), About::default());
         let (role, mut record) = other.earlier(token).unwrap().unwrap();
         assert_eq!(role, Role::Destination(Taking::Dead));
-        record.write(token, Role::Source(Giving::Back)).unwrap();
+        record.write(token, Role::Destination(Taking::Dead)).unwrap();
         record.forget(token).unwrap();
         assert_eq!(FileRecord::list(directory.path()).unwrap(), []);
     }
@@ -252,12 +293,12 @@ mod tests {
         let token = token();
         let mut record = FileRecord::new(directory.path(), about());
         record.write(token, Role::Source(Giving::Asked)).unwrap();
-        let whole = fs::read(path(directory.path(), token)).unwrap();
+        let whole = fs::read(path(directory.path(), token, Side::Source)).unwrap();
         record.write(token, Role::Source(Giving::Given)).unwrap();
-        let all = fs::read(path(directory.path(), token)).unwrap();
+        let all = fs::read(path(directory.path(), token, Side::Source)).unwrap();
         drop(record);
         for end in 0..=all.len() {
-            fs::write(path(directory.path(), token), &all[..end]).unwrap();
+            fs::write(path(directory.path(), token, Side::Source), &all[..end]).unwrap();
             let role = FileRecord::list(directory.path()).unwrap()[0].role;
             let expected = match end {
                 _ if end == all.len() => Some(Role::Source(Giving::Given)),
@@ -265,7 +306,8 @@ mod tests {
                 _ => None,
             };
             assert_eq!(role, expected, "cut after {end} bytes");
-            let (_, mut again) = FileRecord::take_over(directory.path(), token).unwrap().unwrap();
+            let (_, mut again) =
+                FileRecord::take_over(directory.path(), token, Side::Source).unwrap().unwrap();
             again.write(token, Role::Source(Giving::Back)).unwrap();
             drop(again);
             let role = FileRecord::list(directory.path()).unwrap()[0].role;
@@ -276,14 +318,28 @@ mod tests {
     #[test]
     fn other_files_and_long_names_do_no_harm() {
         let directory = tempfile::tempdir().unwrap();
-        fs::write(directory.path().join("x.handover"), "source asked\n").unwrap();
-        fs::write(directory.path().join(format!("{}.handover", token())), [0xff; 100]).unwrap();
+        fs::write(directory.path().join("x.source"), "source asked\n").unwrap();
+        fs::write(directory.path().join(format!("{}.source", token())), [0xff; 100]).unwrap();
         let evil = About { name: "a\nsource given".into(), peer: "b\nsource given".into() };
         let mut record = FileRecord::new(directory.path(), evil);
         record.write(token(), Role::Source(Giving::Asked)).unwrap();
         let list = FileRecord::list(directory.path()).unwrap();
         let roles: Vec<_> = list.iter().filter_map(|written| written.role).collect();
         assert_eq!((list.len(), roles), (2, vec![Role::Source(Giving::Asked)]));
+    }
+
+    #[test]
+    fn both_sides_of_a_migration_can_be_on_one_host() {
+        let directory = tempfile::tempdir().unwrap();
+        let token = token();
+        let mut here = FileRecord::new(directory.path(), about());
+        let mut there = FileRecord::new(directory.path(), About::default());
+        there.write(token, Role::Destination(Taking::Ready)).unwrap();
+        here.write(token, Role::Source(Giving::Asked)).unwrap();
+        assert_eq!(FileRecord::list(directory.path()).unwrap().len(), 2);
+        here.forget(token).unwrap();
+        let [left] = &FileRecord::list(directory.path()).unwrap()[..] else { panic!() };
+        assert_eq!(left.role, Some(Role::Destination(Taking::Ready)));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::handover::{Giving, Handover, Taking, Token};
 use crate::patience::Cancel;
 use crate::progress::{Progress, Watch};
-use crate::record::{About, FileRecord, Record, Role};
+use crate::record::{About, FileRecord, Record, Role, Side};
 
 /// What a process wrote that then ended.
 fn left(directory: &Path, token: Token, role: Role) {
@@ -43,7 +43,8 @@ fn asked_after(there: Option<Taking>) -> (Giving, Vec<Option<Role>>, Vec<Option<
         let watch = Watch { progress: &mut |_: &Progress| {}, cancel, record };
         receive(&mut host, door, &patience(), watch).err().unwrap()
     });
-    let (written, record) = FileRecord::take_over(ours.path(), token).unwrap().unwrap();
+    let (written, record) =
+        FileRecord::take_over(ours.path(), token, Side::Source).unwrap().unwrap();
     let Some(Role::Source(state)) = written.role else { panic!("{written:?}") };
     let mut handover = Handover::gave(token, state, Box::new(record));
     let said = ask(&mut handover, || network.connect(), &patience()).unwrap();

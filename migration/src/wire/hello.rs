@@ -70,6 +70,11 @@ mod tests {
     }
 
     #[test]
+    fn this_build_says_which_versions_it_speaks() {
+        assert_eq!(Hello::OURS.encode(), *b"uvmm\r\n\x1a\0\x01\x00\x01\x00\0\0\0\0");
+    }
+
+    #[test]
     fn the_newest_common_version_is_chosen() {
         let hello = |oldest, newest| Hello { versions: (oldest, newest) };
         assert_eq!(hello(1, 4).common(hello(3, 9)), Some(4));

@@ -109,3 +109,34 @@ impl Totals {
         self.checksum = sum.finalize();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_keep_their_numbers() {
+        let token: Token = "00112233445566778899aabbccddeeff".parse().unwrap();
+        let named: [(u8, Message); 10] = [
+            (1, Message::Accepted(token)),
+            (3, Message::RoundEnd),
+            (4, Message::RoundTaken),
+            (5, Message::End(Totals::default())),
+            (6, Message::Ready(token)),
+            (7, Message::Commit(token)),
+            (8, Message::Running(token)),
+            (9, Message::Done(token)),
+            (10, Message::Query(token)),
+            (12, Message::GaveUp(String::new())),
+        ];
+        for (number, message) in named {
+            assert_eq!(postcard::to_stdvec(&message).unwrap()[0], number, "{}", message.name());
+        }
+        let answers = [Verdict::Running, Verdict::Refused, Verdict::Unknown].map(Message::Answer);
+        let bytes = answers.map(|answer| postcard::to_stdvec(&answer).unwrap());
+        assert_eq!(bytes, [[11, 0], [11, 1], [11, 2]]);
+        let commit = postcard::to_stdvec(&Message::Commit(token)).unwrap();
+        assert_eq!(commit[1..3], [0x00, 0x11], "a token is its bytes");
+        assert_eq!(commit.len(), 17);
+    }
+}

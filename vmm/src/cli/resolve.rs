@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use clap::Args;
 use migration::handover::{Giving, Handover, Token};
-use migration::record::{FileRecord, Record, Role, Written};
+use migration::record::{FileRecord, Record, Role, Side, Written};
 
 use super::{Failure, Outcome, Vm, print};
 use crate::config::{Address, VmName};
@@ -124,7 +124,7 @@ impl ResolveArgs {
             return Err(format!("{name} cannot go on here: {gone}").into());
         }
         let dir = StateDir::find()?;
-        let taken = FileRecord::take_over(dir.path(), written.token)?;
+        let taken = FileRecord::take_over(dir.path(), written.token, Side::Source)?;
         let Some((_, mut record)) = taken else {
             return Err(format!("someone else is deciding migration {}", written.token).into());
         };
