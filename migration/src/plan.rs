@@ -59,6 +59,12 @@ pub trait Step: Send {
     /// that can be longer than a second.
     fn enter(&mut self, meanwhile: &mut Meanwhile<'_>) -> Result<(), StepFailure>;
 
+    /// Whether the guest ran on for so long since `enter` began that what it wrote should be sent
+    /// before it is stopped.
+    fn took_long(&self) -> bool {
+        false
+    }
+
     /// Takes it back, in bounded time. Called only after `enter` succeeded, once, last entered
     /// first.
     fn undo(&mut self);
@@ -71,6 +77,17 @@ pub struct PlanError {
     /// The name of the step.
     pub step: String,
     source: StepFailure,
+}
+
+/// What [`Plan::enter_next`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entered {
+    /// Nothing: all steps of the phase are entered.
+    None,
+    /// A step, and the guest can be stopped now.
+    Quickly,
+    /// A step that [took long](Step::took_long).
+    Slowly,
 }
 
 struct Entry {
@@ -104,18 +121,18 @@ impl Plan {
 
     /// Runs the steps of `phase` that are not entered yet, up to the first that fails.
     pub fn enter(&mut self, phase: Phase, meanwhile: &mut Meanwhile<'_>) -> Result<(), PlanError> {
-        while self.enter_next(phase, meanwhile)? {}
+        while self.enter_next(phase, meanwhile)? != Entered::None {}
         Ok(())
     }
 
-    /// Runs the next step of `phase` that is not entered yet; tells whether there was one.
+    /// Runs the next step of `phase` that is not entered yet, if there is one.
     pub fn enter_next(
         &mut self,
         phase: Phase,
         meanwhile: &mut Meanwhile<'_>,
-    ) -> Result<bool, PlanError> {
+    ) -> Result<Entered, PlanError> {
         let next = self.entries.iter_mut().find(|e| e.phase == phase && !e.entered);
-        let Some(entry) = next else { return Ok(false) };
+        let Some(entry) = next else { return Ok(Entered::None) };
         if (phase, entry.priority) >= (Phase::Quiesce, Priority::VCPUS) {
             self.stopped.get_or_insert_with(Instant::now);
         }
@@ -123,7 +140,7 @@ impl Plan {
         tracing::debug!(step, "enter");
         entry.step.enter(meanwhile).map_err(|source| PlanError { step, source })?;
         entry.entered = true;
-        Ok(true)
+        Ok(if entry.step.took_long() { Entered::Slowly } else { Entered::Quickly })
     }
 
     /// Takes back every entered step, last entered first. Then the plan can be entered again.
@@ -244,8 +261,8 @@ mod tests {
         let error = plan.enter(Release, &mut || Err("stop".into())).unwrap_err();
         assert_eq!(error.source().unwrap().to_string(), "stop");
         assert!(log.lock().unwrap().is_empty());
-        assert!(plan.enter_next(Release, &mut go_on).unwrap());
-        assert!(!plan.enter_next(Release, &mut go_on).unwrap(), "each step once");
+        assert_eq!(plan.enter_next(Release, &mut go_on).unwrap(), Entered::Quickly);
+        assert_eq!(plan.enter_next(Release, &mut go_on).unwrap(), Entered::None, "each once");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::error::{Error, Failure, one_line};
 use crate::guest::Departing;
 use crate::handover::{Giving, GivingEvent, Token, Verdict};
 use crate::patience::{Cancel, Patience, TICK};
-use crate::plan::{Phase, StepFailure};
+use crate::plan::{Entered, Phase, StepFailure};
 use crate::policy::{Decision, Policy};
 use crate::progress::{Progress, Stage, Watch};
 use crate::ram::{self, PAGE, PageBitmap};
@@ -169,17 +169,17 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
         peer.now("while the guest let go of devices");
         let mut pages = left;
         self.show(peer, Stage::Releasing);
-        while self.enter_next(peer, Phase::Release)? {
-            let guest = self.custody.guest();
-            guest.dirty().collect(&mut pages)?;
-            let left = [pages.count() * PAGE];
-            match self.options.policy.decide(&left, peer.rate(), guest.state_size()) {
-                Decision::SwitchOver { .. } => {}
-                Decision::Continue => pages = self.until_little_is_left(peer, pages)?,
+        loop {
+            match self.enter_next(peer, Phase::Release)? {
+                Entered::None => return Ok(pages),
+                Entered::Quickly => {}
+                Entered::Slowly => {
+                    self.custody.guest().dirty().collect(&mut pages)?;
+                    pages = self.until_little_is_left(peer, pages)?;
+                    self.show(peer, Stage::Releasing);
+                }
             }
-            self.show(peer, Stage::Releasing);
         }
-        Ok(pages)
     }
 
     /// Sends `pages`, and again what was written meanwhile, until little is left: gives that.
@@ -219,12 +219,12 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
     }
 
     fn enter(&mut self, peer: &mut Channel<S>, phase: Phase) -> Result<(), Error> {
-        while self.enter_next(peer, phase)? {}
+        while self.enter_next(peer, phase)? != Entered::None {}
         Ok(())
     }
 
     /// Runs the next step of the plan, if there is one; the peer hears that this side is alive.
-    fn enter_next(&mut self, peer: &mut Channel<S>, phase: Phase) -> Result<bool, Error> {
+    fn enter_next(&mut self, peer: &mut Channel<S>, phase: Phase) -> Result<Entered, Error> {
         let cancel = self.watch.cancel.clone();
         let mut said = Instant::now();
         let mut meanwhile = || -> Result<(), StepFailure> {

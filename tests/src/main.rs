@@ -1,6 +1,7 @@
 //! `cargo lab`: a host with KVM, VFIO and SR-IOV on any machine, and what runs in it.
 use std::env;
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -52,6 +53,13 @@ enum Command {
     /// Serves commands inside the lab host; run by the lab itself.
     #[command(hide = true)]
     Agent,
+    /// The tests inside the lab host.
+    #[command(hide = true)]
+    TestInside {
+        #[arg(long)]
+        filter: Option<String>,
+        programs: Vec<PathBuf>,
+    },
     /// The part of the demo inside the lab host.
     #[command(hide = true)]
     DemoInside,
@@ -82,6 +90,9 @@ fn run(command: Command) -> anyhow::Result<u8> {
             in_lab(
                 &[&["bench", "--runs", &runs][..], if json { &["--json"] } else { &[] }].concat(),
             )
+        }
+        Command::TestInside { filter, programs } => {
+            Ok(u8::from(!suite::lanes::run(&programs, filter.as_deref())?))
         }
         Command::DemoInside => Ok(tests::demo::run().map(|()| 0)?),
         Command::Agent => Ok(agent::serve().map(|()| 0)?),

@@ -1,4 +1,6 @@
 //! `cargo lab test`: every test there is, each where it can run.
+pub mod lanes;
+
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
@@ -11,34 +13,35 @@ use crate::error::{Context, Result};
 use crate::host::{Lab, pass_on};
 use crate::{cache, program, tier};
 
-/// How one part of the suite went.
+const PASSED: &str = "passed";
+const FAILED: &str = "FAILED";
+
+/// How one part of the suite went, in one line.
 #[derive(Debug)]
-pub struct Part {
-    name: String,
-    passed: bool,
-    took: Duration,
-    /// What the test programs summed up themselves.
-    said: Vec<String>,
-}
+pub struct Part(String);
 
 impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let outcome = if self.passed { "passed" } else { "FAILED" };
-        write!(
-            f,
-            "{outcome}  {:<44} {:>6.1} s  {}",
-            self.name,
-            self.took.as_secs_f32(),
-            self.said.join("; ")
-        )
+        f.write_str(&self.0)
     }
 }
 
 impl Part {
+    fn new(name: &str, passed: bool, took: Duration, said: &str) -> Self {
+        let (outcome, took) = (if passed { PASSED } else { FAILED }, took.as_secs_f32());
+        Self(format!("{outcome}  {name:<32} {took:>6.1} s  {said}"))
+    }
+
+    /// The part that `line` tells of, if it does.
+    fn told(line: &str) -> Option<Self> {
+        let told = [PASSED, FAILED].iter().any(|outcome| line.starts_with(&format!("{outcome}  ")));
+        told.then(|| Self(line.to_owned()))
+    }
+
     /// Whether every test of it passed.
     #[must_use]
     pub fn passed(&self) -> bool {
-        self.passed
+        self.0.starts_with(PASSED)
     }
 }
 
@@ -50,10 +53,7 @@ pub fn run(artefacts: &Artefacts, filter: Option<&str>) -> Result<Vec<Part>> {
     let mut parts = vec![here(artefacts, filter)?];
     let programs = programs()?;
     println!("lab: booting the lab host for {} test programs", programs.len());
-    let mut lab = Lab::boot(artefacts)?;
-    for program in &programs {
-        parts.push(inside(&mut lab, program, filter)?);
-    }
+    parts.extend(inside(&mut Lab::boot(artefacts)?, &programs, filter)?);
     Ok(parts)
 }
 
@@ -72,8 +72,7 @@ fn here(artefacts: &Artefacts, filter: Option<&str>) -> Result<Part> {
     command.env("CARGO_TARGET_DIR", cache::target()?);
     let since = Instant::now();
     let status = command.stdin(Stdio::null()).status().context(|| "cannot run cargo".into())?;
-    let name = "on this machine".into();
-    Ok(Part { name, passed: status.success(), took: since.elapsed(), said: Vec::new() })
+    Ok(Part::new("on this machine", status.success(), since.elapsed(), ""))
 }
 
 /// The test programs of this package, built.
@@ -99,27 +98,22 @@ fn programs() -> Result<Vec<PathBuf>> {
     Ok(messages.lines().filter_map(program).collect())
 }
 
-/// Runs a test program inside the lab host.
-fn inside(lab: &mut Lab, program: &PathBuf, filter: Option<&str>) -> Result<Part> {
-    let mut command: Vec<OsString> =
-        vec![program.into(), "--test-threads=1".into(), "--show-output".into()];
-    command.extend(filter.map(OsString::from));
-    let since = Instant::now();
+/// Runs test programs inside the lab host, where [`lanes::run`] runs them.
+fn inside(lab: &mut Lab, programs: &[PathBuf], filter: Option<&str>) -> Result<Vec<Part>> {
+    let lab_itself = std::env::current_exe().context(|| "cannot find this program".into())?;
+    let mut command: Vec<OsString> = vec![lab_itself.into(), "test-inside".into()];
+    command.extend(filter.map(|filter| format!("--filter={filter}").into()));
+    command.extend(programs.iter().map(OsString::from));
     let mut printed = Vec::new();
     let status = lab.run(&command, &[(tier::INSIDE, "1")], |stream, bytes| -> io::Result<()> {
         printed.extend_from_slice(bytes);
         pass_on(stream, bytes)
     })?;
     let printed = String::from_utf8_lossy(&printed);
-    let said = printed.lines().filter_map(|line| line.strip_prefix("test result: "));
-    let said =
-        said.map(|line| line.split("; 0 measured").next().unwrap_or(line).to_owned()).collect();
-    let name = program.file_stem().unwrap_or_default().to_string_lossy();
-    let name = name.rsplit_once('-').map_or(&*name, |(name, _hash)| name);
-    Ok(Part {
-        name: format!("in the lab host: {name}"),
-        passed: status == 0,
-        took: since.elapsed(),
-        said,
-    })
+    let mut parts: Vec<_> = printed.lines().filter_map(Part::told).collect();
+    if (parts.len() != programs.len()) || (status == 0) != parts.iter().all(Part::passed) {
+        let said = format!("{} of {} programs came to an end", parts.len(), programs.len());
+        parts.push(Part::new("in the lab host", false, Duration::ZERO, &said));
+    }
+    Ok(parts)
 }

@@ -36,6 +36,9 @@ impl Step for LetGo {
         self.gone.store(true, Ordering::SeqCst);
         Ok(())
     }
+    fn took_long(&self) -> bool {
+        true
+    }
     fn undo(&mut self) {
         self.gone.store(false, Ordering::SeqCst);
     }

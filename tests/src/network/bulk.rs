@@ -12,7 +12,7 @@ use crate::vm::{Vm, text};
 
 /// Bytes sent at once, and how often.
 const CHUNK: usize = 16 << 10;
-const PAUSE: Duration = Duration::from_millis(20);
+const PAUSE: Duration = Duration::from_millis(100);
 /// How long the connection may stand still.
 const PATIENCE: Duration = Duration::from_secs(120);
 

@@ -24,6 +24,8 @@ use crate::program;
 pub const BOOT: Duration = Duration::from_secs(120);
 /// How long a short command in a guest, or of uvmm, may take.
 pub const SHORT: Duration = Duration::from_secs(60);
+/// The variable that names the processor for all VMs of this process.
+pub const PROCESSOR: &str = "UVMM_TEST_PROCESSOR";
 /// The command line of a Linux guest that says what it does on its serial line.
 pub const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 quiet";
 
@@ -75,15 +77,18 @@ impl Uvmm {
         self.ready(Command::new(&self.binary), arguments)
     }
 
-    /// `uvmm` as [`Uvmm::command`], kept on one processor, every VM on the next.
+    /// `uvmm` as [`Uvmm::command`], kept on one processor: the one that [`PROCESSOR`]
+    /// names, or every VM on the next.
     ///
     /// Emulated processors now and then leave their own registers in a guest, which then dies of
     /// the lab and not of uvmm. It was not seen where no vCPU moves between them.
     fn command_on_one_processor(&self) -> Command {
-        let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        let processor = self.started.fetch_add(1, Ordering::Relaxed) % processors;
+        let processor = std::env::var(PROCESSOR).unwrap_or_else(|_| {
+            let processors = thread::available_parallelism().map_or(1, NonZero::get);
+            (self.started.fetch_add(1, Ordering::Relaxed) % processors).to_string()
+        });
         let mut command = Command::new("taskset");
-        command.args(["--cpu-list", &processor.to_string()]).arg(&self.binary);
+        command.args(["--cpu-list", &processor]).arg(&self.binary);
         self.ready(command, [OsString::from("run")])
     }
 

@@ -46,6 +46,10 @@ impl Step for Evict {
         evict(&self.moving, &self.out, meanwhile)
     }
 
+    fn took_long(&self) -> bool {
+        true
+    }
+
     fn undo(&mut self) {
         give_back(&self.moving, &self.out);
     }

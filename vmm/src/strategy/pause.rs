@@ -71,6 +71,11 @@ impl Step for Pause {
         }
     }
 
+    fn took_long(&self) -> bool {
+        // As long as a device is paused, nothing is worth more than to go on.
+        !self.evicted.is_empty() && self.moving.by(Way::Pause).is_empty()
+    }
+
     fn undo(&mut self) {
         resume(&self.moving, &self.moving.by(Way::Pause));
         give_back(&self.moving, &self.evicted);
