@@ -2,6 +2,7 @@
 
 mod bitmap;
 mod dirty;
+mod holes;
 pub(crate) mod receive;
 pub(crate) mod send;
 

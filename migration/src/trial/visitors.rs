@@ -52,7 +52,7 @@ fn offer() -> Message {
         profile: Profile::new().with("device", Rule::Eq, "lamp").with("cpus", Rule::Eq, 1),
         ram: layout(&ram(LOW_PAGES)),
     };
-    Message::Offer { offer, dry_run: false }
+    Message::Offer { offer, dry_run: false, streams: 1 }
 }
 
 /// Speaks as a source whose offer was accepted.

@@ -54,6 +54,11 @@ impl<S: Stream> Channel<S> {
         self.link.cancel = cancel;
     }
 
+    /// Heeds a wish to stop.
+    pub(crate) fn look_up(&self) -> Result<(), PeerError> {
+        self.link.look_up()
+    }
+
     /// All memory and state so far.
     #[must_use]
     pub fn totals(&self) -> Totals {
@@ -147,6 +152,7 @@ impl<S: Stream> Channel<S> {
             return error;
         }
         self.link.deadline = Some(Instant::now() + MOMENT);
+        self.link.cancel = Cancel::new();
         loop {
             match self.receive_message(MOMENT) {
                 Ok(_) => {}
@@ -258,6 +264,12 @@ impl<S: Stream> Channel<S> {
             }
         }
         Ok(())
+    }
+
+    /// An error for something that did not come for `after`.
+    #[must_use]
+    pub fn stalled(&self, after: Duration) -> PeerError {
+        PeerError::Stalled { peer: self.link.peer.clone(), during: self.link.during, after }
     }
 
     /// An error for a message that does not belong here.

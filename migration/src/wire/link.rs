@@ -199,7 +199,7 @@ impl<S: Stream> Link<S> {
     }
 
     /// Heeds a wish to stop.
-    fn look_up(&self) -> Result<(), PeerError> {
+    pub(super) fn look_up(&self) -> Result<(), PeerError> {
         if self.cancel.is_cancelled() { Err(PeerError::Cancelled) } else { Ok(()) }
     }
 

@@ -16,6 +16,8 @@ pub enum Message {
         offer: Offer,
         /// Only asking.
         dry_run: bool,
+        /// Over how many connections memory will flow, this one included.
+        streams: u8,
     },
     /// Destination: the machine is built; the migration has this name from now on.
     Accepted(Token),
@@ -25,7 +27,7 @@ pub enum Message {
     RoundEnd,
     /// Destination: and all of it arrived.
     RoundTaken,
-    /// Source: everything was sent.
+    /// Source: everything was sent over this connection.
     End(Totals),
     /// Destination: everything is loaded, and nothing runs.
     Ready(Token),
@@ -41,6 +43,15 @@ pub enum Message {
     Answer(Verdict),
     /// Either: it ends here, and why.
     GaveUp(String),
+    /// Source, on a new connection: memory of that migration will flow here too.
+    Join {
+        /// The migration.
+        token: Token,
+        /// Which of its connections this is, from 1 on.
+        lane: u8,
+    },
+    /// Destination: let it flow.
+    Joined,
 }
 
 impl Message {
@@ -60,6 +71,8 @@ impl Message {
             Self::Query(_) => "QUERY",
             Self::Answer(_) => "ANSWER",
             Self::GaveUp(_) => "GAVE UP",
+            Self::Join { .. } => "JOIN",
+            Self::Joined => "JOINED",
         }
     }
 }
