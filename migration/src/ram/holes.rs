@@ -4,9 +4,9 @@ use std::fs::File;
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::GuestAddress;
 
-use super::{PAGE, Ram, Run};
+use super::{PAGE, Ram, Run, backing};
 
 /// Divides `run` of `ram` where pages that were never touched meet others: tells of each part
 /// whether it was touched.
@@ -42,13 +42,6 @@ fn first_part(file: &File, offset: u64, left: u64) -> (u64, bool) {
         Err(Errno::NXIO) => (left, false),
         Err(_) => (left, true),
     }
-}
-
-/// The file behind `start`, and the offset in it.
-fn backing(ram: &Ram, start: GuestAddress) -> Option<(&File, u64)> {
-    let (region, address) = ram.to_region_addr(start)?;
-    let file = region.file_offset()?;
-    Some((file.file(), file.start() + address.0))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
-use super::{PAGE_BYTES, PageBitmap, Ram, Run};
+use super::{PAGE_BYTES, PageBitmap, Ram, Run, backing};
 use crate::patience::{Cancel, TICK};
 use crate::progress::{Progress, Stage};
 use crate::wire::{Channel, Lanes, Message, PeerError, Received, Stream, culprit};
@@ -168,7 +168,7 @@ pub(crate) fn content<S: Stream>(
     checked: bool,
 ) -> Result<(), PeerError> {
     let memory = slice(peer, ram, run)?;
-    peer.read_ram(&memory, checked)
+    peer.read_ram(&memory, backing(ram, run.start), checked)
 }
 
 /// Makes `run` of `ram` zero. Pages that nobody wrote to are: touching them would only cost.

@@ -28,7 +28,7 @@ fn moved_to(fault: Fault, first: Limits, later: Option<Limits>, options: &Option
 }
 
 /// Asserts that the guest is at one place, whole, and that the source knows where.
-fn assert_decided(tried: &Tried, case: &str) {
+pub(super) fn assert_decided(tried: &Tried, case: &str) {
     match tried.world.runners() {
         (true, false) => {
             assert_eq!(tried.status(), Status::Failed, "{case}: {}", tried.error());

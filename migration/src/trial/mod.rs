@@ -5,4 +5,5 @@ mod faults;
 mod journeys;
 mod network;
 mod peers;
+mod streams;
 mod visitors;

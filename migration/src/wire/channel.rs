@@ -1,5 +1,6 @@
 //! Greeting, frames and messages over a connection.
 
+use std::fs::File;
 use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
@@ -173,7 +174,7 @@ impl<S: Stream> Channel<S> {
         self.totals.ram(run, header);
         self.link.gather(&header);
         if !checked && slice.len() > SMALL {
-            self.link.flush()?;
+            self.link.flush_before_more()?;
             return self.link.write_memory(slice);
         }
         // The guest may be writing: what is summed up must be what is sent.
@@ -247,13 +248,14 @@ impl<S: Stream> Channel<S> {
         }
     }
 
-    /// Reads the content of pages into `slice`.
+    /// Reads the content of pages into `slice`, which maps `backing` if that is a file.
     pub(crate) fn read_ram<B: BitmapSlice>(
         &mut self,
         slice: &VolatileSlice<'_, B>,
+        backing: Option<(&File, u64)>,
         checked: bool,
     ) -> Result<(), PeerError> {
-        self.link.read_memory(slice)?;
+        self.link.read_memory(slice, backing)?;
         if checked {
             let mut sum = [0; 4];
             self.link.read_exact(&mut sum, None)?;

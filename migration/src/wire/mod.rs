@@ -1,6 +1,7 @@
 //! What goes over the connection: a frozen greeting, then frames.
 
 mod channel;
+mod conduit;
 mod error;
 mod frame;
 mod hello;
