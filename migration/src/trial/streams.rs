@@ -43,23 +43,23 @@ fn moved(pages: u64, streams: u8, cut: (usize, Limits), busy: bool) -> Tried {
 #[test]
 fn a_busy_guest_arrives_over_any_number_of_connections() {
     for streams in [1, 2, 5, MOST_STREAMS] {
-        let tried = moved(6000, streams, (0, Limits::NONE), true);
+        let tried = moved(2000, streams, (0, Limits::NONE), true);
         tried.assert_there();
         let (sent, arrived) = (tried.sent.unwrap(), tried.arrived.unwrap().report);
         assert_eq!((sent.streams, arrived.streams), (streams, streams));
         assert_eq!(sent.bytes_sent, arrived.bytes_sent);
         assert_eq!((sent.pages, sent.zero_pages), (arrived.pages, arrived.zero_pages));
-        assert!(sent.pages >= 3000, "{sent:?}");
+        assert!(sent.pages >= 1000, "{sent:?}");
     }
 }
 
 #[test]
 fn every_connection_has_its_part() {
     for which in 0..3 {
-        let tried = moved(6000, 3, (which, Limits::NONE), false);
+        let tried = moved(4000, 3, (which, Limits::NONE), false);
         tried.assert_there();
         let (out, _) = tried.passed;
-        assert!(out > 1 << 20, "only {out} bytes went over connection {which}");
+        assert!(out > 1 << 18, "only {out} bytes went over connection {which}");
     }
 }
 
@@ -67,13 +67,13 @@ fn every_connection_has_its_part() {
 fn any_connection_cut_anywhere_leaves_one_runner() {
     let (mut here, mut there) = (0, 0);
     for which in 0..3 {
-        let (out, back) = moved(900, 3, (which, Limits::NONE), false).passed;
+        let (out, back) = moved(600, 3, (which, Limits::NONE), false).passed;
         let near = |total: usize| (0..total).filter(move |at| *at < 120 || at + 120 > total);
         let outs = near(out).step_by(17).chain((0..out).step_by(out / 6));
         let cut_out = outs.map(|out| Limits { out, ..Limits::NONE });
         let cut_back = (0..back).step_by(11).map(|back| Limits { back, ..Limits::NONE });
         for limits in cut_out.chain(cut_back) {
-            let tried = moved(900, 3, (which, limits), false);
+            let tried = moved(600, 3, (which, limits), false);
             assert_decided(&tried, &format!("connection {which}, {limits:?}"));
             if tried.arrived.is_ok() { there += 1 } else { here += 1 }
         }
@@ -85,8 +85,8 @@ fn any_connection_cut_anywhere_leaves_one_runner() {
 fn a_connection_that_falls_silent_ends_it_in_time() {
     for which in 1..3 {
         let start = Instant::now();
-        let hole = Limits { out: 300_000, back: usize::MAX, how: Break::Hole };
-        let tried = moved(6000, 3, (which, hole), false);
+        let hole = Limits { out: 200_000, back: usize::MAX, how: Break::Hole };
+        let tried = moved(3000, 3, (which, hole), false);
         assert_decided(&tried, "a hole");
         assert_eq!(tried.world.runners(), (true, false));
         assert!(start.elapsed() < 5 * SECOND, "{:?}", start.elapsed());
