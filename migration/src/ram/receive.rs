@@ -12,6 +12,10 @@ use crate::patience::{Cancel, TICK};
 use crate::progress::{Progress, Stage};
 use crate::wire::{Channel, Lanes, Message, PeerError, Received, Stream, culprit};
 
+/// How many connections put what comes straight into the file behind memory: it lets in one at a
+/// time, while another takes from its socket. More would queue up there, and read into the mapping.
+const BY_FILE: usize = 2;
+
 type Slice<'a> = VolatileSlice<'a, BS<'a, vm_memory::bitmap::AtomicBitmap>>;
 
 /// Memory on its way in, pass after pass, over all connections of a migration.
@@ -43,11 +47,11 @@ impl<'a> Passes<'a> {
     ) -> Result<(PageBitmap, Vec<u8>, u32), PeerError> {
         let count = u32::try_from(lanes.iter_mut().len()).expect("there are few lanes");
         scope(|threads| {
-            let spawn = |lane| {
+            let spawn = |(number, lane)| {
                 let thread = Builder::new().name("lane".into());
-                thread.spawn_scoped(threads, || self.lane(lane))
+                thread.spawn_scoped(threads, move || self.lane(lane, number < BY_FILE))
             };
-            let spawned: Result<Vec<_>, _> = lanes.iter_mut().map(spawn).collect();
+            let spawned: Result<Vec<_>, _> = (1..).zip(lanes.iter_mut()).map(spawn).collect();
             let own = match &spawned {
                 Ok(_) => self.first_lane(peer, count, first, watcher),
                 Err(error) => {
@@ -96,7 +100,7 @@ impl<'a> Passes<'a> {
                 }
                 Received::Message(other) => return Err(peer.unexpected(&other)),
                 Received::State(state) => return Ok((told, state, progress.round)),
-                memory => self.take(peer, &memory, &mut told)?,
+                memory => self.take(peer, &memory, &mut told, true)?,
             }
             progress.round_done = self.pages.load(Ordering::Relaxed) - before;
             progress.bytes_sent = peer.bytes();
@@ -105,7 +109,11 @@ impl<'a> Passes<'a> {
     }
 
     /// Another connection: gives the pages that came over it.
-    fn lane<S: Stream>(&self, peer: &mut Channel<S>) -> Result<PageBitmap, PeerError> {
+    fn lane<S: Stream>(
+        &self,
+        peer: &mut Channel<S>,
+        by_file: bool,
+    ) -> Result<PageBitmap, PeerError> {
         let mut told = PageBitmap::empty(self.ram);
         let mut receive = || loop {
             match peer.receive(self.silence)? {
@@ -115,7 +123,7 @@ impl<'a> Passes<'a> {
                 Received::Message(Message::End(totals)) if totals == peer.totals() => return Ok(()),
                 Received::Message(other) => return Err(peer.unexpected(&other)),
                 Received::State(_) => return Err(peer.garbage("state".into())),
-                memory => self.take(peer, &memory, &mut told)?,
+                memory => self.take(peer, &memory, &mut told, by_file)?,
             }
         };
         receive().inspect_err(|_| self.broken.cancel())?;
@@ -142,10 +150,12 @@ impl<'a> Passes<'a> {
         peer: &mut Channel<S>,
         memory: &Received,
         told: &mut PageBitmap,
+        by_file: bool,
     ) -> Result<(), PeerError> {
         let run = match *memory {
             Received::Ram { run, checked } => {
-                content(peer, self.ram, run, checked)?;
+                let file = if by_file { backing(self.ram, run.start) } else { None };
+                peer.read_ram(&slice(peer, self.ram, run)?, file, checked)?;
                 run
             }
             Received::Zero(run) => {
@@ -158,17 +168,6 @@ impl<'a> Passes<'a> {
         self.pages.fetch_add(run.len, Ordering::Relaxed);
         Ok(())
     }
-}
-
-/// Reads the content of `run` into `ram`.
-pub(crate) fn content<S: Stream>(
-    peer: &mut Channel<S>,
-    ram: &Ram,
-    run: Run,
-    checked: bool,
-) -> Result<(), PeerError> {
-    let memory = slice(peer, ram, run)?;
-    peer.read_ram(&memory, backing(ram, run.start), checked)
 }
 
 /// Makes `run` of `ram` zero. Pages that nobody wrote to are: touching them would only cost.
