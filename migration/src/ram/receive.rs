@@ -1,6 +1,6 @@
 //! Frames to pages. What a peer says about addresses is not trusted.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::{self, Builder, scope};
 use std::time::{Duration, Instant};
 
@@ -28,12 +28,21 @@ pub(crate) struct Passes<'a> {
     rounds: AtomicU32,
     /// Bytes of the guest that came.
     pages: AtomicU64,
+    /// Whether the state came, behind which there is no memory.
+    ended: AtomicBool,
 }
 
 impl<'a> Passes<'a> {
     /// Into `ram`, giving up after `silence`.
     pub(crate) fn new(ram: &'a Ram, silence: Duration, broken: Cancel) -> Self {
-        Self { ram, silence, broken, rounds: AtomicU32::new(0), pages: AtomicU64::new(0) }
+        Self {
+            ram,
+            silence,
+            broken,
+            rounds: AtomicU32::new(0),
+            pages: AtomicU64::new(0),
+            ended: AtomicBool::new(false),
+        }
     }
 
     /// Receives until the state comes over `peer` and each of `lanes` has ended: gives the pages
@@ -99,7 +108,10 @@ impl<'a> Passes<'a> {
                     before = self.pages.load(Ordering::Relaxed);
                 }
                 Received::Message(other) => return Err(peer.unexpected(&other)),
-                Received::State(state) => return Ok((told, state, progress.round)),
+                Received::State(state) => {
+                    self.ended.store(true, Ordering::Release);
+                    return Ok((told, state, progress.round));
+                }
                 memory => self.take(peer, &memory, &mut told, true)?,
             }
             progress.round_done = self.pages.load(Ordering::Relaxed) - before;
@@ -116,6 +128,12 @@ impl<'a> Passes<'a> {
     ) -> Result<PageBitmap, PeerError> {
         let mut told = PageBitmap::empty(self.ram);
         let mut receive = || loop {
+            // Where it has nothing to carry, only the first connection tells of a source that lives.
+            while !peer.comes(self.silence)? {
+                if self.ended.load(Ordering::Acquire) {
+                    return Err(peer.stalled(self.silence));
+                }
+            }
             match peer.receive(self.silence)? {
                 Received::Message(Message::RoundEnd) => {
                     self.rounds.fetch_add(1, Ordering::Release);

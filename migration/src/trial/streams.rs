@@ -214,6 +214,33 @@ fn a_connection_that_never_comes_is_not_waited_for_for_ever() {
 }
 
 #[test]
+fn a_connection_may_have_nothing_to_carry_for_long() {
+    let (error, _) = met(|mut source| {
+        let [one, two] = [1, 2].map(|lane| source.join(source.token, lane).unwrap());
+        for _ in 0..9 {
+            source.peer.send_zero(run(0, 1)).unwrap();
+            source.peer.flush().unwrap();
+            thread::sleep(Duration::from_millis(100));
+        }
+        whole(source, [one, two], |totals| totals);
+    });
+    assert!(error.unwrap().contains("lacks counter"));
+}
+
+#[test]
+fn a_connection_that_never_ends_is_given_up() {
+    let start = Instant::now();
+    let (error, ran) = met(|mut source| {
+        let _lanes = [1, 2].map(|lane| source.join(source.token, lane).unwrap());
+        source.peer.send_zero(run(0, LOW_PAGES)).unwrap();
+        source.peer.send_state(&[]).unwrap();
+        while source.peer.receive(SECOND).is_ok() {}
+    });
+    assert!(!ran && start.elapsed() < 3 * SECOND);
+    assert!(error.unwrap().contains("did not move for 0.4 s while it sent memory"));
+}
+
+#[test]
 fn what_one_connection_lost_is_noticed() {
     let (error, ran) = met(|source| {
         let [one, two] = [1, 2].map(|lane| source.join(source.token, lane).unwrap());

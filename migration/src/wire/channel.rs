@@ -209,6 +209,15 @@ impl<S: Stream> Channel<S> {
         self.link.write_all(state)
     }
 
+    /// Waits at most `limit` for the first byte of what comes next: tells whether it came.
+    pub(crate) fn comes(&mut self, limit: Duration) -> Result<bool, PeerError> {
+        match self.link.peek(Instant::now() + limit) {
+            Ok(()) => Ok(true),
+            Err(PeerError::Stalled { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Waits at most `limit` for what comes next. The content of memory is for the caller to read.
     pub(crate) fn receive(&mut self, limit: Duration) -> Result<Received, PeerError> {
         let until = Instant::now() + limit;

@@ -9,6 +9,7 @@ use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{VolatileMemoryError, VolatileSlice};
 
 use super::conduit::Conduit;
+use super::frame::HEADER;
 use super::{PeerError, Stream};
 use crate::patience::{Cancel, TICK};
 
@@ -84,6 +85,14 @@ impl<S: Stream> Link<S> {
     /// Reads ahead what there is, at least a byte. Whoever calls this took most of what was.
     pub(super) fn fill(&mut self, until: Instant) -> Result<(), PeerError> {
         self.fill_with(BUFFER, until)
+    }
+
+    /// Waits for a byte ahead.
+    pub(super) fn peek(&mut self, until: Instant) -> Result<(), PeerError> {
+        if !self.ahead().is_empty() {
+            return Ok(());
+        }
+        self.fill_with(if self.bulk { HEADER } else { BUFFER }, until)
     }
 
     /// Reads ahead at most `most` bytes.
