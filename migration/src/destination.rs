@@ -13,11 +13,12 @@ use crate::error::{Error, Failure, one_line};
 use crate::guest::{Arriving, Host};
 use crate::handover::{Handover, Taking, TakingEvent, Token};
 use crate::patience::{Cancel, Patience};
-use crate::progress::{Progress, Stage, Watch};
-use crate::ram::{self, PageBitmap};
+use crate::progress::Watch;
+use crate::ram::PageBitmap;
+use crate::ram::receive::Passes;
 use crate::report::{Report, Status, milliseconds};
 use crate::state::StateReader;
-use crate::wire::{Channel, Listener, Message, PeerError, Received, Stream};
+use crate::wire::{Channel, Lanes, Listener, Message, PeerError, Received, Stream};
 
 /// A guest that has arrived and runs.
 #[derive(Debug)]
@@ -55,6 +56,8 @@ where
 /// A guest on its way in.
 struct Arrival<'a, 'w, S, G> {
     peer: Channel<S>,
+    /// The connections for memory besides that.
+    lanes: Lanes<S>,
     guest: G,
     token: Token,
     /// The first of its memory, until it is taken.
@@ -77,11 +80,8 @@ impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
         let arrived = self.take_in(listener, &mut outcome);
         let Outcome { mut report, answering } = outcome;
         report.total_ms = milliseconds(self.started.elapsed());
-        report.bytes_sent = self.peer.bytes();
-        report.throughput_mib_s = self.peer.rate().unwrap_or(0.0) / f64::from(1 << 20);
-        let totals = self.peer.totals();
-        (report.pages, report.zero_pages) = (totals.pages, totals.zero_pages);
-        report.state_bytes = totals.state_bytes;
+        self.lanes.carried(&self.peer).account(&mut report);
+        report.state_bytes = self.peer.totals().state_bytes;
         match (arrived, answering) {
             (Ok(()), Some(answering)) => {
                 report.status = Status::Completed;
@@ -116,41 +116,15 @@ impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
     /// Memory, pass after pass, until the state arrives: gives that.
     fn memory(&mut self, report: &mut Report) -> Result<Vec<u8>, Error> {
         self.peer.now("while it sent memory");
-        let mut told = PageBitmap::empty(self.guest.ram());
-        let mut progress = Progress { stage: Stage::Copying, round: 1, ..Progress::default() };
-        loop {
-            let received = match self.first.take() {
-                Some(first) => first,
-                None => self.peer.receive(self.patience.silence)?,
-            };
-            match received {
-                Received::Ram { run, checked } => {
-                    ram::receive::content(&mut self.peer, self.guest.ram(), run, checked)?;
-                    told.insert(run.start, run.len);
-                    progress.round_done += run.len;
-                }
-                Received::Zero(run) => {
-                    ram::receive::zero(&self.peer, self.guest.ram(), run)?;
-                    told.insert(run.start, run.len);
-                    progress.round_done += run.len;
-                }
-                Received::Message(Message::Alive) => {}
-                Received::Message(Message::RoundEnd) => {
-                    self.peer.send(&Message::RoundTaken)?;
-                    progress = Progress { round: progress.round + 1, round_done: 0, ..progress };
-                }
-                Received::Message(other) => return Err(self.peer.unexpected(&other).into()),
-                Received::State(state) => {
-                    report.rounds = progress.round;
-                    if told != PageBitmap::full(self.guest.ram()) {
-                        return Err(self.peer.garbage("only a part of the memory".into()).into());
-                    }
-                    return Ok(state);
-                }
-            }
-            progress.bytes_sent = self.peer.bytes();
-            (self.watch.progress)(&progress);
+        let Self { peer, lanes, guest, first, patience, watch, .. } = self;
+        report.streams = 1 + u8::try_from(lanes.iter_mut().len()).expect("there are few lanes");
+        let arriving = Passes::new(guest.ram(), patience.silence, lanes.broken.clone());
+        let (told, state, rounds) = arriving.receive(peer, lanes, first.take(), watch.progress)?;
+        report.rounds = rounds;
+        if told != PageBitmap::full(self.guest.ram()) {
+            return Err(self.peer.garbage("only a part of the memory".into()).into());
         }
+        Ok(state)
     }
 
     /// END: what was counted there is what arrived here.

@@ -13,6 +13,8 @@
 //!     agree   OFFER ──────────────────────────────────────► build the machine, open devices
 //!                   ◄───────────────────────── ACCEPTED(token)  or  MISMATCHED(everything)
 //!             (a dry run ends here)                         (waits for another connection)
+//!     widen   HELLO, JOIN(token, lane) ─────────────────────► for each connection more
+//!                   ◄────────────────────────────────────── JOINED
 //!   precopy   dirty logs start, plan: Precopy
 //!             all memory ─────────────────────────────────► into memory
 //!             ROUND END ──────────────────────────────────►
@@ -31,6 +33,11 @@
 //!             written down: given
 //!             DONE(token) ────────────────────────────────► answering ends, all is forgotten
 //! ```
+//!
+//! Memory flows over all connections of a migration, as OFFER agreed on their number: each carries
+//! frames of pages until its own ROUND END, and after the last pass its own END(totals). ROUND TAKEN
+//! answers only once the pass has ended on all of them, so what a later pass brings is never
+//! overtaken by an earlier one. Whichever connection breaks ends the migration.
 //!
 //! Before COMMIT may have left, whatever fails at either side undoes the plan, and the guest runs
 //! on at the source. Afterwards only the destination knows: if RUNNING does not come, the source

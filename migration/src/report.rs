@@ -45,6 +45,8 @@ pub struct Report {
     /// The destination, which sees only the last part of it, tells from the end of the last pass
     /// over memory until they ran.
     pub downtime_ms: u64,
+    /// Connections that memory flowed over.
+    pub streams: u8,
     /// Passes over memory, the last one included.
     pub rounds: u32,
     /// Whether so little was left before the last pass that the downtime limit could be kept.

@@ -3,6 +3,7 @@
 mod custody;
 
 use std::io;
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,10 +18,11 @@ use crate::patience::{Cancel, Patience, TICK};
 use crate::plan::{Entered, Phase, StepFailure};
 use crate::policy::{Decision, Policy};
 use crate::progress::{Progress, Stage, Watch};
+use crate::ram::send::Pass;
 use crate::ram::{self, PAGE, PageBitmap};
 use crate::report::{Report, Status, milliseconds};
 use crate::state::StateWriter;
-use crate::wire::{Channel, Message, Pace, Stream};
+use crate::wire::{Channel, Lanes, MOST_STREAMS, Message, Pace, Stream};
 
 /// How often a peer that has nothing to do is told that this side is alive.
 const ALIVE: Duration = Duration::from_secs(1);
@@ -34,6 +36,9 @@ pub struct Options {
     pub policy: Policy,
     /// Bytes per second while the guest runs. The last pass takes what it gets.
     pub bandwidth_limit: Option<u64>,
+    /// Over how many connections memory flows: 1 to [`MOST_STREAMS`]; anything else counts as the
+    /// nearest of these.
+    pub streams: u8,
     /// Send a checksum with all memory. Costs a copy and a CRC-32 of each page on both sides.
     pub checked: bool,
     /// How long to wait for the destination.
@@ -47,6 +52,7 @@ impl Default for Options {
             dry_run: false,
             policy: Policy { downtime_limit, max_rounds: 30 },
             bandwidth_limit: None,
+            streams: 1,
             checked: false,
             patience: Patience::default(),
         }
@@ -70,6 +76,7 @@ pub fn send<G: Departing, S: Stream>(
     let source = Source {
         custody: Custody::of(guest),
         connect,
+        lanes: Lanes::new(),
         options,
         watch: &mut watch,
         report: &mut report,
@@ -90,10 +97,12 @@ pub fn send<G: Departing, S: Stream>(
     }
 }
 
-struct Source<'a, 'w, G: Departing, C> {
+struct Source<'a, 'w, G: Departing, S, C> {
     /// Dropping it gives the guest back to its vCPUs, unless it may run elsewhere.
     custody: Custody<'a, G>,
     connect: C,
+    /// The connections for memory besides the first.
+    lanes: Lanes<S>,
     options: &'a Options,
     watch: &'a mut Watch<'w>,
     report: &'a mut Report,
@@ -101,7 +110,7 @@ struct Source<'a, 'w, G: Departing, C> {
     start: Instant,
 }
 
-impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> {
+impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, C> {
     fn run(mut self) -> Result<(), Error> {
         self.prepare()?;
         let mut peer = self.greet(self.options.patience.silence)?;
@@ -114,6 +123,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
         if self.options.dry_run {
             return Ok(());
         }
+        self.widen(peer, token)?;
         let left = self.precopy(peer)?;
         let left = self.release(peer, left)?;
         self.quiesce(peer)?;
@@ -148,12 +158,29 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
         self.show(peer, Stage::Preparing);
         let guest = self.custody.guest();
         let offer = Offer { ram: ram::layout(guest.ram()), ..guest.offer() };
-        peer.send(&Message::Offer { offer, dry_run: self.options.dry_run })?;
+        let (dry_run, streams) = (self.options.dry_run, self.streams());
+        peer.send(&Message::Offer { offer, dry_run, streams })?;
         match peer.receive_message(self.options.patience.prepare)? {
             Message::Accepted(token) => Ok(token),
             Message::Mismatched(mismatches) => Err(Error::Refused(mismatches)),
             other => Err(peer.unexpected(&other).into()),
         }
+    }
+
+    /// The other connections that memory flows over.
+    fn widen(&mut self, peer: &mut Channel<S>, token: Token) -> Result<(), Error> {
+        let patience = self.options.patience;
+        for _ in 1..self.streams() {
+            let lane = self.greet(patience.silence)?;
+            self.lanes.join(lane, token, patience.greeting)?;
+        }
+        self.lanes.bind(peer, &self.watch.cancel);
+        self.report.streams = self.streams();
+        Ok(())
+    }
+
+    fn streams(&self) -> u8 {
+        self.options.streams.clamp(1, MOST_STREAMS)
     }
 
     /// All memory, then again what was written meanwhile, until little is left: gives that.
@@ -189,10 +216,11 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
         peer: &mut Channel<S>,
         mut pages: PageBitmap,
     ) -> Result<PageBitmap, Error> {
-        let mut pace = Pace::new(self.options.bandwidth_limit);
+        let pace = Mutex::new(Pace::new(self.options.bandwidth_limit));
         let mut left = Vec::new();
         loop {
-            self.pass(peer, &pages, &mut pace, Stage::Copying)?;
+            self.pass(peer, &pages, &pace, Stage::Copying)?;
+            self.lanes.tell(|_| Message::RoundEnd)?;
             peer.send(&Message::RoundEnd)?;
             match peer.receive_message(self.options.patience.silence)? {
                 Message::RoundTaken => {}
@@ -202,7 +230,8 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
             let guest = self.custody.guest();
             guest.dirty().collect(&mut pages)?;
             left.push(pages.count() * PAGE);
-            let decision = self.options.policy.decide(&left, peer.rate(), guest.state_size());
+            let rate = self.lanes.carried(peer).rate;
+            let decision = self.options.policy.decide(&left, rate, guest.state_size());
             tracing::debug!(round = left.len(), left = left.last(), ?decision, "pass done");
             if let Decision::SwitchOver { converged } = decision {
                 self.report.converged = converged;
@@ -214,7 +243,8 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
     /// From running to perfectly still.
     fn quiesce(&mut self, peer: &mut Channel<S>) -> Result<(), Error> {
         peer.now("while the guest was stopped");
-        peer.set_deadline(Some(Instant::now() + self.options.patience.stopped));
+        let deadline = Some(Instant::now() + self.options.patience.stopped);
+        self.lanes.iter_mut().chain([&mut *peer]).for_each(|lane| lane.set_deadline(deadline));
         self.show(peer, Stage::Stopped);
         self.enter(peer, Phase::Quiesce)
     }
@@ -248,7 +278,8 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
     fn rest_of_memory(&mut self, peer: &mut Channel<S>, left: PageBitmap) -> Result<(), Error> {
         let mut pages = left;
         self.custody.guest().dirty().collect(&mut pages)?;
-        self.pass(peer, &pages, &mut Pace::new(None), Stage::Stopped)
+        self.pass(peer, &pages, &Mutex::new(Pace::new(None)), Stage::Stopped)?;
+        Ok(self.lanes.tell(Message::End)?)
     }
 
     fn state(&mut self, peer: &mut Channel<S>) -> Result<(), Error> {
@@ -381,26 +412,26 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
         &mut self,
         peer: &mut Channel<S>,
         pages: &PageBitmap,
-        pace: &mut Pace,
+        pace: &Mutex<Pace>,
         stage: Stage,
     ) -> Result<(), Error> {
-        let Self { custody, watch, progress, options, .. } = self;
+        let Self { custody, lanes, watch, progress, options, .. } = self;
         let Watch { progress: watcher, cancel, .. } = watch;
+        let before = lanes.carried(peer).bytes;
         *progress = Progress {
             stage,
             round: progress.round + 1,
             round_bytes: pages.count() * PAGE,
             round_done: 0,
-            bytes_sent: peer.bytes(),
+            bytes_sent: before,
         };
         watcher(progress);
         let ram = custody.guest().ram();
-        let sent = ram::send::send(peer, ram, pages, options.checked, |len, content| {
-            progress.round_done += len;
-            if content {
-                progress.bytes_sent += len;
-                pace.spend(len, cancel);
-            }
+        let (untouched, checked) = (progress.round == 1, options.checked);
+        let pass = Pass { ram, pages, untouched, checked, pace, cancel };
+        let sent = ram::send::send(peer, lanes, &pass, |sent| {
+            progress.round_done = sent.pages;
+            progress.bytes_sent = before + sent.content;
             watcher(progress);
         });
         self.account(peer);
@@ -408,16 +439,13 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, C> 
     }
 
     fn account(&mut self, peer: &Channel<S>) {
-        let totals = peer.totals();
         self.report.rounds = self.progress.round;
-        self.report.bytes_sent = peer.bytes();
-        self.report.pages = totals.pages;
-        self.report.zero_pages = totals.zero_pages;
-        self.report.throughput_mib_s = peer.rate().unwrap_or(0.0) / f64::from(1 << 20);
+        self.lanes.carried(peer).account(self.report);
     }
 
     fn show(&mut self, peer: &Channel<S>, stage: Stage) {
-        self.progress = Progress { stage, bytes_sent: peer.bytes(), ..self.progress };
+        self.progress =
+            Progress { stage, bytes_sent: self.lanes.carried(peer).bytes, ..self.progress };
         (self.watch.progress)(&self.progress);
     }
 }

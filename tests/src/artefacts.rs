@@ -35,7 +35,7 @@ impl Artefacts {
         let [kernel, other_kernel] = kernel::all()?;
         let guest_initrd = initramfs::guest(&kernel, &other_kernel)?;
         let host_initrd = initramfs::host(&kernel)?;
-        let uvmm = env::var_os("UVMM").map_or_else(build_uvmm, |given| Ok(given.into()))?;
+        let uvmm = uvmm()?;
         Ok(Self { uvmm, kernel, other_kernel, guest_initrd, host_initrd })
     }
 
@@ -60,6 +60,14 @@ pub(crate) fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
     command
+}
+
+/// The built `uvmm`; `UVMM`, if it is set, stands for another build.
+///
+/// # Errors
+/// If it does not build.
+pub fn uvmm() -> Result<PathBuf> {
+    env::var_os("UVMM").map_or_else(build_uvmm, |given| Ok(given.into()))
 }
 
 /// Builds uvmm as users run it. Cargo's own messages are shown only if it takes or fails.

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{Parser, Subcommand};
-use tests::artefacts::Artefacts;
+use clap::{Parser, Subcommand, ValueEnum};
+use tests::artefacts::{self, Artefacts};
 use tests::host::{Lab, Nesting, agent, pass_on};
 use tests::tier::INSIDE;
-use tests::{bench, suite};
+use tests::{bench, install, suite};
 
 /// A lab host for uvmm: an emulated machine with KVM, an IOMMU and SR-IOV NICs, on any machine.
 #[derive(Parser)]
@@ -28,12 +28,15 @@ enum Command {
         /// Only tests whose names contain this.
         filter: Option<String>,
     },
-    /// Measures uvmm against QEMU.
+    /// Measures uvmm against QEMU and against sockets alone.
     Bench {
-        /// Boots of each VMM.
+        /// Only this; without it, everything.
+        #[arg(value_enum)]
+        what: Option<What>,
+        /// Runs of each kind; their median counts.
         #[arg(long, default_value_t = bench::RUNS)]
         runs: usize,
-        /// Print one JSON array on stdout.
+        /// Print one JSON array of figures on stdout, one for each place that is measured in.
         #[arg(long)]
         json: bool,
     },
@@ -65,6 +68,15 @@ enum Command {
     DemoInside,
 }
 
+/// What can be measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum What {
+    /// Migrations of the tiny guest, on this machine's own KVM.
+    Migration,
+    /// Boots of a Linux guest, in the lab host.
+    Boot,
+}
+
 fn main() -> ExitCode {
     match run(Arguments::parse().command) {
         Ok(status) => ExitCode::from(status),
@@ -84,13 +96,7 @@ fn run(command: Command) -> anyhow::Result<u8> {
         }
         Command::Demo => in_lab(&["demo-inside"]),
         Command::Test { filter } => test(filter.as_deref()),
-        Command::Bench { runs, json } if env::var_os(INSIDE).is_some() => measure(runs, json),
-        Command::Bench { runs, json } => {
-            let runs = runs.to_string();
-            in_lab(
-                &[&["bench", "--runs", &runs][..], if json { &["--json"] } else { &[] }].concat(),
-            )
-        }
+        Command::Bench { what, runs, json } => measure(what, runs, json),
         Command::TestInside { filter, programs } => {
             Ok(u8::from(!suite::lanes::run(&programs, filter.as_deref())?))
         }
@@ -120,12 +126,34 @@ fn test(filter: Option<&str>) -> anyhow::Result<u8> {
     Ok(u8::from(!parts.iter().all(suite::Part::passed)))
 }
 
-fn measure(runs: usize, json: bool) -> anyhow::Result<u8> {
-    let rows = bench::boots(runs)?;
+/// Migrations first, here; then boots, inside a lab host.
+fn measure(what: Option<What>, runs: usize, json: bool) -> anyhow::Result<u8> {
+    let wanted = |this| what.is_none_or(|what| what == this);
+    if env::var_os(INSIDE).is_some() {
+        let title = format!("one vCPU, 256 MiB, the kernel as an ELF file, median of {runs} boots");
+        return show(&title, &bench::boot::boots(runs)?, json);
+    }
+    let mut status = 0;
+    if wanted(What::Migration) {
+        install::programs()?;
+        let rows = bench::migration::migrations(artefacts::uvmm()?, runs)?;
+        let title = "the tiny guest, one vCPU, on this machine's own KVM, loopback TCP";
+        status = show(&format!("{title}, median of {runs} runs"), &rows, json)?;
+    }
+    if wanted(What::Boot) {
+        let runs = runs.to_string();
+        let arguments =
+            [&["bench", "boot", "--runs", &runs][..], if json { &["--json"] } else { &[] }];
+        status |= in_lab(&arguments.concat())?;
+    }
+    Ok(status)
+}
+
+fn show(title: &str, rows: &[bench::Row], json: bool) -> anyhow::Result<u8> {
     if json {
-        println!("{}", serde_json::to_string_pretty(&rows)?);
+        println!("{}", serde_json::to_string_pretty(rows)?);
     } else {
-        println!("one vCPU, 256 MiB, the kernel as an ELF file, median of {runs} boots:");
+        println!("{title}:");
         rows.iter().for_each(|row| println!("  {row}"));
     }
     Ok(u8::from(!rows.iter().all(bench::Row::ok)))

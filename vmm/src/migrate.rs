@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpListener;
+use std::num::NonZero;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::Builder as Thread;
+use std::thread::{self, Builder as Thread};
 use std::time::{Duration, Instant};
 
 use migration::guest::Departing;
@@ -16,7 +17,7 @@ use migration::plan::{Phase, Plan};
 use migration::progress::{Stage, Watch};
 use migration::record::FileRecord;
 use migration::report::{Report, Status};
-use migration::wire::{Listener, connect_tcp, listen_tcp};
+use migration::wire::{Listener, MOST_STREAMS, connect_tcp, listen_tcp};
 use migration::{Arrived, Error, Failure, Options, ask, receive, send};
 
 use crate::config::Address;
@@ -181,10 +182,17 @@ fn options(request: &MigrateRequest) -> Options {
     let mut options = Options {
         dry_run: request.dry_run,
         bandwidth_limit: request.bandwidth_limit,
+        streams: request.streams.unwrap_or_else(usual_streams),
         ..Options::default()
     };
     options.policy.downtime_limit = Duration::from_millis(request.downtime_limit_ms);
     options
+}
+
+/// A connection for each processor: sending keeps one busy.
+fn usual_streams() -> u8 {
+    let processors = thread::available_parallelism().map_or(1, NonZero::get);
+    u8::try_from(processors).map_or(MOST_STREAMS, |processors| processors.min(MOST_STREAMS))
 }
 
 /// Waits for a guest at `at` on a thread of its own; [`Event::Arrived`] brings it.
@@ -288,6 +296,7 @@ fn tell(report: &Report) -> MigrationReport {
         error,
         total_ms,
         downtime_ms,
+        streams,
         rounds,
         converged,
         bytes_sent,
@@ -320,6 +329,7 @@ fn tell(report: &Report) -> MigrationReport {
             .collect(),
         more: BTreeMap::from([
             ("converged".to_owned(), (*converged).into()),
+            ("streams".to_owned(), (*streams).into()),
             ("pages".to_owned(), (*pages).into()),
             ("zero_pages".to_owned(), (*zero_pages).into()),
             ("state_bytes".to_owned(), (*state_bytes).into()),

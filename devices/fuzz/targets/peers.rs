@@ -213,7 +213,7 @@ fn token() -> Token {
 
 /// What sources say, up to where they would have to know the token.
 pub(super) fn from_a_source() -> Vec<Vec<u8>> {
-    let offer = |dry_run| Message::Offer { offer: offer(), dry_run };
+    let offer = |dry_run| Message::Offer { offer: offer(), dry_run, streams: 1 };
     let run = migration::ram::Run { start: GuestAddress(0), len: SIZE as u64 };
     let mut whole = said(&[offer(false)]);
     let headers = [header(Frame::Zero { run }), header(Frame::State { len: 0 })].concat();

@@ -11,7 +11,7 @@ use crate::handover::{Token, earlier};
 use crate::patience::{Patience, TICK};
 use crate::progress::Watch;
 use crate::ram;
-use crate::wire::{Channel, Listener, Message, Received, Stream};
+use crate::wire::{Channel, Door, Lanes, Listener, MOST_STREAMS, Message, Received};
 
 /// How many mismatches are told at most.
 const TOLD: usize = 1000;
@@ -25,10 +25,10 @@ pub(super) fn welcome<'a, 'w, H: Host, L: Listener>(
 ) -> Result<Arrival<'a, 'w, L::Stream, H::Guest>, Error> {
     loop {
         let stream = connection(listener, watch)?;
-        match meet(host, stream, patience, watch) {
-            Ok(Some((peer, guest, token, first))) => {
+        match meet(host, stream, listener, patience, watch) {
+            Ok(Some(Met { peer, lanes, guest, token, first })) => {
                 let (first, started) = (Some(first), Instant::now());
-                return Ok(Arrival { peer, guest, token, first, patience, watch, started });
+                return Ok(Arrival { peer, lanes, guest, token, first, patience, watch, started });
             }
             Ok(None) => {}
             Err(error) => tracing::warn!(error = one_line(&error), "someone came to nothing"),
@@ -47,20 +47,33 @@ fn connection<L: Listener>(listener: &L, watch: &Watch<'_>) -> Result<L::Stream,
     }
 }
 
-type Met<S, G> = (Channel<S>, G, Token, Received);
+type MetAt<L, H> = Met<<L as Listener>::Stream, <H as Host>::Guest>;
+
+/// A guest that begins to flow.
+struct Met<S, G> {
+    peer: Channel<S>,
+    lanes: Lanes<S>,
+    guest: G,
+    token: Token,
+    first: Received,
+}
 
 /// One connection: a guest that begins to flow, or nothing.
-fn meet<H: Host, S: Stream>(
+fn meet<H: Host, L: Listener>(
     host: &mut H,
-    stream: S,
+    stream: L::Stream,
+    listener: &L,
     patience: &Patience,
     watch: &Watch<'_>,
-) -> Result<Option<Met<S, H::Guest>>, Error> {
+) -> Result<Option<MetAt<L, H>>, Error> {
     let mut peer = Channel::new(stream, patience.silence, watch.cancel.clone())?;
     peer.answer_greeting(patience.greeting)?;
     peer.now("before it made an offer");
-    let (offer, dry_run) = match peer.receive_message(patience.greeting)? {
-        Message::Offer { offer, dry_run } => (offer, dry_run),
+    let (offer, dry_run, streams) = match peer.receive_message(patience.greeting)? {
+        Message::Offer { streams, .. } if !(1..=MOST_STREAMS).contains(&streams) => {
+            return Err(peer.garbage(format!("an offer of {streams} connections")).into());
+        }
+        Message::Offer { offer, dry_run, streams } => (offer, dry_run, streams),
         Message::Query(token) => {
             let earlier = earlier(&*watch.record, token);
             answer_for(earlier, token, &mut peer, patience.greeting)?;
@@ -82,6 +95,8 @@ fn meet<H: Host, S: Stream>(
     if dry_run {
         return Ok(None);
     }
+    let door = Door { listener, token, cancel: &watch.cancel, silence: patience.silence };
+    let lanes = door.admit(&mut peer, streams, patience.greeting)?;
     peer.now("before it sent memory");
     let first = loop {
         match peer.receive(patience.silence)? {
@@ -90,7 +105,9 @@ fn meet<H: Host, S: Stream>(
         }
     };
     match first {
-        first @ (Received::Ram { .. } | Received::Zero(_)) => Ok(Some((peer, guest, token, first))),
+        first @ (Received::Ram { .. } | Received::Zero(_)) => {
+            Ok(Some(Met { peer, lanes, guest, token, first }))
+        }
         Received::Message(other) => Err(peer.unexpected(&other).into()),
         Received::State(_) => Err(peer.garbage("state".into()).into()),
     }

@@ -1,22 +1,192 @@
 //! Frames to pages. What a peer says about addresses is not trusted.
 
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::thread::{self, Builder, scope};
+use std::time::{Duration, Instant};
+
 use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
-use super::{PAGE_BYTES, Ram, Run};
-use crate::wire::{Channel, PeerError, Stream};
+use super::{PAGE_BYTES, PageBitmap, Ram, Run, backing};
+use crate::patience::{Cancel, TICK};
+use crate::progress::{Progress, Stage};
+use crate::wire::{Channel, Lanes, Message, PeerError, Received, Stream, culprit};
+
+/// How many connections put what comes straight into the file behind memory: it lets in one at a
+/// time, while another takes from its socket. More would queue up there, and read into the mapping.
+const BY_FILE: usize = 2;
 
 type Slice<'a> = VolatileSlice<'a, BS<'a, vm_memory::bitmap::AtomicBitmap>>;
 
-/// Reads the content of `run` into `ram`.
-pub(crate) fn content<S: Stream>(
-    peer: &mut Channel<S>,
-    ram: &Ram,
-    run: Run,
-    checked: bool,
-) -> Result<(), PeerError> {
-    let memory = slice(peer, ram, run)?;
-    peer.read_ram(&memory, checked)
+/// Memory on its way in, pass after pass, over all connections of a migration.
+pub(crate) struct Passes<'a> {
+    ram: &'a Ram,
+    silence: Duration,
+    /// Set where a connection breaks, heeded by all.
+    broken: Cancel,
+    /// How often a lane, any of them, told that a pass ends.
+    rounds: AtomicU32,
+    /// Bytes of the guest that came.
+    pages: AtomicU64,
+    /// Whether the state came, behind which there is no memory.
+    ended: AtomicBool,
+}
+
+impl<'a> Passes<'a> {
+    /// Into `ram`, giving up after `silence`.
+    pub(crate) fn new(ram: &'a Ram, silence: Duration, broken: Cancel) -> Self {
+        Self {
+            ram,
+            silence,
+            broken,
+            rounds: AtomicU32::new(0),
+            pages: AtomicU64::new(0),
+            ended: AtomicBool::new(false),
+        }
+    }
+
+    /// Receives until the state comes over `peer` and each of `lanes` has ended: gives the pages
+    /// that came at all, the state, and how many passes it took.
+    pub(crate) fn receive<S: Stream>(
+        &self,
+        peer: &mut Channel<S>,
+        lanes: &mut Lanes<S>,
+        first: Option<Received>,
+        watcher: &mut dyn FnMut(&Progress),
+    ) -> Result<(PageBitmap, Vec<u8>, u32), PeerError> {
+        let count = u32::try_from(lanes.iter_mut().len()).expect("there are few lanes");
+        scope(|threads| {
+            let spawn = |(number, lane)| {
+                let thread = Builder::new().name("lane".into());
+                thread.spawn_scoped(threads, move || self.lane(lane, number < BY_FILE))
+            };
+            let spawned: Result<Vec<_>, _> = (1..).zip(lanes.iter_mut()).map(spawn).collect();
+            let own = match &spawned {
+                Ok(_) => self.first_lane(peer, count, first, watcher),
+                Err(error) => {
+                    tracing::warn!(%error, "no thread for a connection");
+                    Err(peer.garbage("more connections than there are threads for".into()))
+                }
+            };
+            let own = own.inspect_err(|_| self.broken.cancel());
+            let others = spawned.into_iter().flatten();
+            let others = others.map(|lane| lane.join().expect("receiving never panics"));
+            let mut own_part = None;
+            let own = own.map(|(told, state, rounds)| {
+                own_part = Some((state, rounds));
+                told
+            });
+            let mut parts = culprit([own].into_iter().chain(others))?.into_iter();
+            let mut told = parts.next().expect("the first is the first lane's");
+            parts.for_each(|part| told.unite(&part));
+            let (state, rounds) = own_part.expect("it ended well");
+            Ok((told, state, rounds))
+        })
+    }
+
+    /// The connection that also carries what is said.
+    fn first_lane<S: Stream>(
+        &self,
+        peer: &mut Channel<S>,
+        lanes: u32,
+        mut first: Option<Received>,
+        watcher: &mut dyn FnMut(&Progress),
+    ) -> Result<(PageBitmap, Vec<u8>, u32), PeerError> {
+        let mut told = PageBitmap::empty(self.ram);
+        let mut progress = Progress { stage: Stage::Copying, round: 1, ..Progress::default() };
+        let mut before = 0;
+        loop {
+            let received = match first.take() {
+                Some(first) => first,
+                None => peer.receive(self.silence)?,
+            };
+            match received {
+                Received::Message(Message::Alive) => {}
+                Received::Message(Message::RoundEnd) => {
+                    self.await_round(peer, progress.round.saturating_mul(lanes))?;
+                    peer.send(&Message::RoundTaken)?;
+                    progress.round += 1;
+                    before = self.pages.load(Ordering::Relaxed);
+                }
+                Received::Message(other) => return Err(peer.unexpected(&other)),
+                Received::State(state) => {
+                    self.ended.store(true, Ordering::Release);
+                    return Ok((told, state, progress.round));
+                }
+                memory => self.take(peer, &memory, &mut told, true)?,
+            }
+            progress.round_done = self.pages.load(Ordering::Relaxed) - before;
+            progress.bytes_sent = peer.bytes();
+            watcher(&progress);
+        }
+    }
+
+    /// Another connection: gives the pages that came over it.
+    fn lane<S: Stream>(
+        &self,
+        peer: &mut Channel<S>,
+        by_file: bool,
+    ) -> Result<PageBitmap, PeerError> {
+        let mut told = PageBitmap::empty(self.ram);
+        let mut receive = || loop {
+            // Where it has nothing to carry, only the first connection tells of a source that lives.
+            while !peer.comes(self.silence)? {
+                if self.ended.load(Ordering::Acquire) {
+                    return Err(peer.stalled(self.silence));
+                }
+            }
+            match peer.receive(self.silence)? {
+                Received::Message(Message::RoundEnd) => {
+                    self.rounds.fetch_add(1, Ordering::Release);
+                }
+                Received::Message(Message::End(totals)) if totals == peer.totals() => return Ok(()),
+                Received::Message(other) => return Err(peer.unexpected(&other)),
+                Received::State(_) => return Err(peer.garbage("state".into())),
+                memory => self.take(peer, &memory, &mut told, by_file)?,
+            }
+        };
+        receive().inspect_err(|_| self.broken.cancel())?;
+        Ok(told)
+    }
+
+    /// Waits until the lanes have told `ends` times that a pass ends: nothing of it comes later.
+    fn await_round<S: Stream>(&self, peer: &Channel<S>, ends: u32) -> Result<(), PeerError> {
+        let start = Instant::now();
+        let mut nap = Duration::from_micros(20);
+        while self.rounds.load(Ordering::Acquire) < ends {
+            if start.elapsed() > self.silence {
+                return Err(peer.stalled(start.elapsed()));
+            }
+            peer.look_up()?;
+            thread::sleep(nap);
+            nap = (nap * 2).min(TICK);
+        }
+        Ok(())
+    }
+
+    fn take<S: Stream>(
+        &self,
+        peer: &mut Channel<S>,
+        memory: &Received,
+        told: &mut PageBitmap,
+        by_file: bool,
+    ) -> Result<(), PeerError> {
+        let run = match *memory {
+            Received::Ram { run, checked } => {
+                let file = if by_file { backing(self.ram, run.start) } else { None };
+                peer.read_ram(&slice(peer, self.ram, run)?, file, checked)?;
+                run
+            }
+            Received::Zero(run) => {
+                zero(peer, self.ram, run)?;
+                run
+            }
+            Received::Message(_) | Received::State(_) => return Ok(()),
+        };
+        told.insert(run.start, run.len);
+        self.pages.fetch_add(run.len, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 /// Makes `run` of `ram` zero. Pages that nobody wrote to are: touching them would only cost.

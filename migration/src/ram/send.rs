@@ -1,50 +1,179 @@
 //! Pages to frames: long runs as large frames, zero pages as a word about them.
+//!
+//! All connections take from one queue of pages, in order of address, so that each always has
+//! something to send and none more than it can.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread::{Builder, scope};
 
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-use super::{PAGE_BYTES, PageBitmap, Ram, Run};
-use crate::wire::{Channel, FRAME_LIMIT, PeerError, Stream};
+use super::{PAGE, PAGE_BYTES, PageBitmap, Ram, Run, holes};
+use crate::patience::Cancel;
+use crate::wire::{Channel, FRAME_LIMIT, Lanes, Pace, PeerError, Stream, culprit};
 
-/// Most pages that are not zero show it here.
-const GLANCE: usize = 64;
+/// How much of a page is looked at in one go.
+const GLANCE: usize = 512;
+/// The most pieces that are taken from the queue at once.
+const PIECES: usize = 64;
 
-/// Sends `pages` of `ram`; with checksums if `checked`.
-///
-/// The guest may write meanwhile: what it writes must be in the dirty log collected next. Calls
-/// `sent` after each stretch with its size in bytes in the guest and whether its content was sent.
+/// A pass over memory.
+pub(crate) struct Pass<'a> {
+    pub(crate) ram: &'a Ram,
+    /// The guest may write them meanwhile: what it writes must be in the dirty log collected next.
+    pub(crate) pages: &'a PageBitmap,
+    /// Whether there may be pages among them that were never touched: what was written was.
+    pub(crate) untouched: bool,
+    /// Whether checksums go with them.
+    pub(crate) checked: bool,
+    pub(crate) pace: &'a Mutex<Pace>,
+    pub(crate) cancel: &'a Cancel,
+}
+
+/// How far a pass is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sent {
+    /// Bytes in the guest.
+    pub(crate) pages: u64,
+    /// How many of them were sent with their content.
+    pub(crate) content: u64,
+}
+
+/// What the connections share.
+struct Shared<'a, I> {
+    pass: &'a Pass<'a>,
+    queue: Mutex<I>,
+    pages: AtomicU64,
+    content: AtomicU64,
+    broken: Cancel,
+}
+
+/// Sends a pass over `peer` and as many of `lanes` as it is worth. Calls `told` now and then.
 pub(crate) fn send<S: Stream>(
     peer: &mut Channel<S>,
-    ram: &Ram,
-    pages: &PageBitmap,
-    checked: bool,
-    mut sent: impl FnMut(u64, bool),
+    lanes: &mut Lanes<S>,
+    pass: &Pass<'_>,
+    mut told: impl FnMut(Sent),
 ) -> Result<(), PeerError> {
-    for chunk in pages.runs().flat_map(chunks) {
-        let size = usize::try_from(chunk.len).expect("a chunk is small");
-        let memory = ram.get_slice(chunk.start, size).expect("a bitmap holds pages of its memory");
+    let streams = 1 + lanes.iter_mut().len() as u64;
+    let most = lock(pass.pace)
+        .fair_share(streams)
+        .map_or(FRAME_LIMIT, |share| (share / PAGE * PAGE).clamp(PAGE, FRAME_LIMIT));
+    let shared = Shared {
+        pass,
+        queue: Mutex::new(pieces(pass, most)),
+        pages: AtomicU64::new(0),
+        content: AtomicU64::new(0),
+        broken: lanes.broken.clone(),
+    };
+    let helpers = usize::try_from(pass.pages.count() * PAGE / most).unwrap_or(usize::MAX);
+    scope(|threads| {
+        let mut working = Vec::new();
+        for lane in lanes.iter_mut().take(helpers) {
+            let thread = Builder::new().name("lane".into());
+            match thread.spawn_scoped(threads, || shared.work(lane, |_| {})) {
+                Ok(thread) => working.push(thread),
+                Err(error) => tracing::warn!(%error, "no thread for a connection"),
+            }
+        }
+        let own = shared.work(peer, &mut told);
+        let others = working.into_iter().map(|thread| thread.join().expect("sending never panics"));
+        culprit([own].into_iter().chain(others)).map(drop)
+    })?;
+    told(shared.sent());
+    Ok(())
+}
+
+impl<I: Iterator<Item = (Run, bool)>> Shared<'_, I> {
+    /// Sends what is left in the queue, beside others who do.
+    fn work<S: Stream>(
+        &self,
+        peer: &mut Channel<S>,
+        mut told: impl FnMut(Sent),
+    ) -> Result<(), PeerError> {
+        let mut work = || {
+            let mut pieces = Vec::new();
+            loop {
+                self.take(&mut pieces);
+                if pieces.is_empty() {
+                    return peer.flush();
+                }
+                for piece in pieces.drain(..) {
+                    self.piece(peer, piece)?;
+                    told(self.sent());
+                }
+            }
+        };
+        work().inspect_err(|_| self.broken.cancel())
+    }
+
+    /// Takes from the queue one large piece, or several small ones.
+    fn take(&self, pieces: &mut Vec<(Run, bool)>) {
+        let (mut queue, mut bytes) = (lock(&self.queue), 0);
+        while bytes < FRAME_LIMIT / 2 && pieces.len() < PIECES {
+            let Some(piece) = queue.next() else { return };
+            bytes += if piece.1 { piece.0.len } else { 0 };
+            pieces.push(piece);
+        }
+    }
+
+    fn piece<S: Stream>(&self, peer: &mut Channel<S>, piece: (Run, bool)) -> Result<(), PeerError> {
+        let Pass { ram, checked, pace, cancel, .. } = *self.pass;
+        let (piece, touched) = piece;
+        if !touched {
+            self.pages.fetch_add(piece.len, Ordering::Relaxed);
+            return peer.send_zero(piece);
+        }
+        let size = usize::try_from(piece.len).expect("a piece is small");
+        let memory = ram.get_slice(piece.start, size).expect("a bitmap holds pages of its memory");
         for (first, past, zero) in stretches(&memory) {
-            let run = Run {
-                start: GuestAddress(chunk.start.0 + first as u64),
-                len: (past - first) as u64,
-            };
+            let start = GuestAddress(piece.start.0 + first as u64);
+            let run = Run { start, len: (past - first) as u64 };
             if zero {
                 peer.send_zero(run)?;
             } else {
-                let content = memory.subslice(first, past - first).expect("within the chunk");
+                let content = memory.subslice(first, past - first).expect("within the piece");
                 peer.send_ram(run, &content, checked)?;
+                self.content.fetch_add(run.len, Ordering::Relaxed);
+                lock(pace).spend(run.len, cancel);
             }
-            sent(run.len, !zero);
+            self.pages.fetch_add(run.len, Ordering::Relaxed);
         }
+        Ok(())
     }
-    peer.flush()
+
+    fn sent(&self) -> Sent {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Sent { pages: of(&self.pages), content: of(&self.content) }
+    }
 }
 
-/// `run` in pieces that fit a frame.
-fn chunks(run: Run) -> impl Iterator<Item = Run> {
-    (0..run.len.div_ceil(FRAME_LIMIT)).map(move |index| {
-        let offset = index * FRAME_LIMIT;
-        Run { start: GuestAddress(run.start.0 + offset), len: FRAME_LIMIT.min(run.len - offset) }
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What there is to send, in pieces of at most `most` bytes that were touched, and of any size that
+/// were not.
+fn pieces<'a>(pass: &Pass<'a>, most: u64) -> impl Iterator<Item = (Run, bool)> + 'a {
+    let (ram, untouched) = (pass.ram, pass.untouched);
+    let parts = pass.pages.runs().flat_map(move |run| {
+        let (known, unknown) = if untouched { (None, Some(run)) } else { (Some(run), None) };
+        let parts = unknown.into_iter().flat_map(|run| holes::parts(ram, run));
+        known.into_iter().map(|run| (run, true)).chain(parts)
+    });
+    parts.flat_map(move |(run, touched)| {
+        let most = if touched { most } else { run.len };
+        chunks(run, most).map(move |run| (run, touched))
+    })
+}
+
+/// `run` in pieces of at most `most` bytes.
+fn chunks(run: Run, most: u64) -> impl Iterator<Item = Run> {
+    (0..run.len.div_ceil(most)).map(move |index| {
+        let offset = index * most;
+        Run { start: GuestAddress(run.start.0 + offset), len: most.min(run.len - offset) }
     })
 }
 
@@ -67,15 +196,12 @@ fn stretches<B: BitmapSlice>(
 
 /// Whether the page at `at` of `memory` is zero, at some time for each of its bytes.
 fn is_zero<B: BitmapSlice>(memory: &VolatileSlice<'_, B>, at: usize) -> bool {
-    static ZERO: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
-    let mut copy = [0; PAGE_BYTES];
-    let page = memory.subslice(at, PAGE_BYTES).expect("memory comes in whole pages");
-    page.copy_to(&mut copy[..GLANCE]);
-    if copy[..GLANCE] != ZERO[..GLANCE] {
-        return false;
-    }
-    page.copy_to(&mut copy[..]);
-    copy == ZERO
+    let mut copy = [0; GLANCE];
+    (at..at + PAGE_BYTES).step_by(GLANCE).all(|at| {
+        let part = memory.subslice(at, GLANCE).expect("memory comes in whole pages");
+        part.copy_to(&mut copy[..]);
+        copy == [0; GLANCE]
+    })
 }
 
 #[cfg(test)]
@@ -83,7 +209,6 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
-    use crate::ram::PAGE;
 
     fn divided(ram: &Ram) -> Vec<(usize, usize, bool)> {
         let memory = ram.get_slice(GuestAddress(0), 6 * PAGE_BYTES).unwrap();
@@ -106,8 +231,8 @@ mod tests {
     #[test]
     fn a_run_is_cut_into_frames() {
         let run = Run { start: GuestAddress(PAGE), len: 2 * FRAME_LIMIT + PAGE };
-        let lengths: Vec<_> = chunks(run).map(|run| run.len).collect();
+        let lengths: Vec<_> = chunks(run, FRAME_LIMIT).map(|run| run.len).collect();
         assert_eq!(lengths, [FRAME_LIMIT, FRAME_LIMIT, PAGE]);
-        assert_eq!(chunks(run).last().unwrap().start.0, PAGE + 2 * FRAME_LIMIT);
+        assert_eq!(chunks(run, FRAME_LIMIT).last().unwrap().start.0, PAGE + 2 * FRAME_LIMIT);
     }
 }

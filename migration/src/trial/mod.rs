@@ -9,4 +9,5 @@ mod matrix;
 mod network;
 mod peers;
 mod restarts;
+mod streams;
 mod visitors;

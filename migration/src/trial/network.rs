@@ -205,19 +205,32 @@ impl Listener for Door {
 /// The source's end of the network: what each next connection is like.
 pub(super) struct Network {
     door: Sender<UnixStream>,
-    /// The first connection, then the others; none cannot be made.
-    pub(super) first: Option<Limits>,
-    pub(super) later: Option<Limits>,
-    pub(super) connections: usize,
-    /// Bytes that passed over the first connection, from the source and to it.
+    /// How many connections a migration has.
+    streams: usize,
+    /// Which of them is watched, and how it is limited.
+    watched: (usize, Limits),
+    /// Those that come after the migration's own; none cannot be made.
+    later: Option<Limits>,
+    connections: usize,
+    /// Bytes that passed over the one that is watched, from the source and to it.
     pub(super) passed: Arc<Mutex<(usize, usize)>>,
 }
 
 impl Network {
+    /// For migrations over one connection, limited by `first`.
     pub(super) fn new(first: Limits, later: Option<Limits>) -> (Self, Door) {
+        Self::over(1, (0, first), later)
+    }
+
+    /// For migrations over several connections, one of which is limited.
+    pub(super) fn over(
+        streams: usize,
+        watched: (usize, Limits),
+        later: Option<Limits>,
+    ) -> (Self, Door) {
         let (door, arrivals) = channel();
-        let (first, passed) = (Some(first), Arc::default());
-        (Self { door, first, later, connections: 0, passed }, Door(arrivals))
+        let passed = Arc::default();
+        (Self { door, streams, watched, later, connections: 0, passed }, Door(arrivals))
     }
 
     /// A connection that nobody counts.
@@ -228,12 +241,18 @@ impl Network {
     }
 
     pub(super) fn connect(&mut self) -> io::Result<Line> {
-        let limits = if self.connections == 0 { self.first } else { self.later };
+        let (which, watched) = self.watched;
+        let number = self.connections;
         self.connections += 1;
+        let limits = match number {
+            _ if number == which => Some(watched),
+            _ if number < self.streams => Some(Limits::NONE),
+            _ => self.later,
+        };
         let limits = limits.ok_or(ErrorKind::ConnectionRefused)?;
         let (stream, other) = UnixStream::pair()?;
         self.door.send(other).map_err(|_| ErrorKind::ConnectionRefused)?;
-        let passed = if self.connections == 1 { self.passed.clone() } else { Arc::default() };
+        let passed = if number == which { self.passed.clone() } else { Arc::default() };
         let bends = [limits.out, limits.back].map(|at| Bend::new(at, limits.how));
         Ok(Line { stream, limits, broken: false, bends, passed })
     }

@@ -46,13 +46,18 @@ fn visited(acts: Vec<Box<dyn FnOnce(UnixStream) + Send>>) -> (String, bool) {
 }
 
 fn offer() -> Message {
+    offer_over(1)
+}
+
+/// An offer of memory over this many connections.
+pub(super) fn offer_over(streams: u8) -> Message {
     let offer = Offer {
         name: "fake".into(),
         config: vec![],
         profile: Profile::new().with("device", Rule::Eq, "lamp").with("cpus", Rule::Eq, 1),
         ram: layout(&ram(LOW_PAGES)),
     };
-    Message::Offer { offer, dry_run: false }
+    Message::Offer { offer, dry_run: false, streams }
 }
 
 /// Speaks as a source whose offer was accepted.
@@ -66,7 +71,7 @@ fn source(stream: UnixStream) -> (Channel<UnixStream>, Token) {
     }
 }
 
-fn run(page: u64, pages: u64) -> Run {
+pub(super) fn run(page: u64, pages: u64) -> Run {
     Run { start: GuestAddress(page * PAGE), len: pages * PAGE }
 }
 

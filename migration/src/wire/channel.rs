@@ -1,5 +1,6 @@
 //! Greeting, frames and messages over a connection.
 
+use std::fs::File;
 use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
@@ -52,6 +53,11 @@ impl<S: Stream> Channel<S> {
     /// From here only `cancel` counts.
     pub fn set_cancel(&mut self, cancel: Cancel) {
         self.link.cancel = cancel;
+    }
+
+    /// Heeds a wish to stop.
+    pub(crate) fn look_up(&self) -> Result<(), PeerError> {
+        self.link.look_up()
     }
 
     /// All memory and state so far.
@@ -149,6 +155,7 @@ impl<S: Stream> Channel<S> {
             return error;
         }
         self.link.deadline = Some(Instant::now() + MOMENT);
+        self.link.cancel = Cancel::new();
         loop {
             match self.receive_message(MOMENT) {
                 Ok(_) => {}
@@ -169,7 +176,7 @@ impl<S: Stream> Channel<S> {
         self.totals.ram(run, header);
         self.link.gather(&header);
         if !checked && slice.len() > SMALL {
-            self.link.flush()?;
+            self.link.flush_before_more()?;
             return self.link.write_memory(slice);
         }
         // The guest may be writing: what is summed up must be what is sent.
@@ -202,6 +209,15 @@ impl<S: Stream> Channel<S> {
         self.link.gather(&header);
         self.link.flush()?;
         self.link.write_all(state)
+    }
+
+    /// Waits at most `limit` for the first byte of what comes next: tells whether it came.
+    pub(crate) fn comes(&mut self, limit: Duration) -> Result<bool, PeerError> {
+        match self.link.peek(Instant::now() + limit) {
+            Ok(()) => Ok(true),
+            Err(PeerError::Stalled { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Waits at most `limit` for what comes next. The content of memory is for the caller to read.
@@ -248,13 +264,14 @@ impl<S: Stream> Channel<S> {
         }
     }
 
-    /// Reads the content of pages into `slice`.
+    /// Reads the content of pages into `slice`, which maps `backing` if that is a file.
     pub(crate) fn read_ram<B: BitmapSlice>(
         &mut self,
         slice: &VolatileSlice<'_, B>,
+        backing: Option<(&File, u64)>,
         checked: bool,
     ) -> Result<(), PeerError> {
-        self.link.read_memory(slice)?;
+        self.link.read_memory(slice, backing)?;
         if checked {
             let mut sum = [0; 4];
             self.link.read_exact(&mut sum, None)?;
@@ -265,6 +282,12 @@ impl<S: Stream> Channel<S> {
             }
         }
         Ok(())
+    }
+
+    /// An error for something that did not come for `after`.
+    #[must_use]
+    pub fn stalled(&self, after: Duration) -> PeerError {
+        PeerError::Stalled { peer: self.link.peer.clone(), during: self.link.during, after }
     }
 
     /// An error for a message that does not belong here.

@@ -1,11 +1,15 @@
 //! Bytes over a connection, in and out, without a wait that has no bound.
 
+use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::time::{Duration, Instant};
 
+use rustix::net::{SendFlags, send};
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{VolatileMemoryError, VolatileSlice};
 
+use super::conduit::Conduit;
+use super::frame::HEADER;
 use super::{PeerError, Stream};
 use crate::patience::{Cancel, TICK};
 
@@ -30,6 +34,10 @@ pub(super) struct Link<S> {
     taken: usize,
     filled: usize,
     output: Vec<u8>,
+    /// Between the socket and files of memory, once it was needed; none if there is none to be had.
+    conduit: Option<Option<Conduit>>,
+    /// Whether large pieces of memory come: reading ahead would only take from them.
+    bulk: bool,
     pub(super) sent: u64,
     pub(super) received: u64,
     pub(super) busy: Duration,
@@ -54,6 +62,8 @@ impl<S: Stream> Link<S> {
             taken: 0,
             filled: 0,
             output: Vec::with_capacity(BUFFER + SMALL),
+            conduit: None,
+            bulk: false,
             sent: 0,
             received: 0,
             busy: Duration::ZERO,
@@ -74,10 +84,24 @@ impl<S: Stream> Link<S> {
 
     /// Reads ahead what there is, at least a byte. Whoever calls this took most of what was.
     pub(super) fn fill(&mut self, until: Instant) -> Result<(), PeerError> {
+        self.fill_with(BUFFER, until)
+    }
+
+    /// Waits for a byte ahead.
+    pub(super) fn peek(&mut self, until: Instant) -> Result<(), PeerError> {
+        if !self.ahead().is_empty() {
+            return Ok(());
+        }
+        self.fill_with(if self.bulk { HEADER } else { BUFFER }, until)
+    }
+
+    /// Reads ahead at most `most` bytes.
+    fn fill_with(&mut self, most: usize, until: Instant) -> Result<(), PeerError> {
         self.input.copy_within(self.taken..self.filled, 0);
         self.filled -= std::mem::take(&mut self.taken);
+        let end = self.input.len().min(self.filled + most);
         let read =
-            self.patiently(until, |link| link.stream.read(&mut link.input[link.filled..]))?;
+            self.patiently(until, |link| link.stream.read(&mut link.input[link.filled..end]))?;
         self.filled += read;
         self.received += read as u64;
         Ok(())
@@ -91,7 +115,8 @@ impl<S: Stream> Link<S> {
     ) -> Result<(), PeerError> {
         while !bytes.is_empty() {
             if self.ahead().is_empty() {
-                self.fill(until.unwrap_or_else(|| self.soon()))?;
+                let most = if self.bulk { bytes.len() } else { BUFFER };
+                self.fill_with(most, until.unwrap_or_else(|| self.soon()))?;
             }
             let here = self.take(bytes.len());
             let (filled, rest) = bytes.split_at_mut(here.len());
@@ -116,18 +141,20 @@ impl<S: Stream> Link<S> {
         Ok(bytes)
     }
 
-    /// Fills `slice`; what is large goes straight from the socket to the guest.
+    /// Fills `slice`, which maps `backing` if that is a file; what is large goes straight from the
+    /// socket to the guest.
     pub(super) fn read_memory<B: BitmapSlice>(
         &mut self,
         slice: &VolatileSlice<'_, B>,
+        backing: Option<(&File, u64)>,
     ) -> Result<(), PeerError> {
         let mut done = 0;
+        self.bulk = slice.len() >= SMALL;
         while done < slice.len() {
             let mut rest = slice.offset(done).map_err(|error| self.broken(error))?;
             if self.ahead().is_empty() && rest.len() >= SMALL {
-                let read = self.patiently(self.soon(), |link| {
-                    link.stream.read_volatile(&mut rest).map_err(io_error)
-                })?;
+                let place = backing.map(|(file, offset)| (file, offset + done as u64));
+                let read = self.patiently(self.soon(), |link| link.move_in(&mut rest, place))?;
                 self.received += read as u64;
                 done += read;
                 continue;
@@ -140,6 +167,24 @@ impl<S: Stream> Link<S> {
             done += here.len();
         }
         Ok(())
+    }
+
+    /// One read from the socket into `memory`, or into the file that it maps.
+    fn move_in<B: BitmapSlice>(
+        &mut self,
+        memory: &mut VolatileSlice<'_, B>,
+        place: Option<(&File, u64)>,
+    ) -> io::Result<usize> {
+        if let (Some(place), Some(socket)) = (place, self.stream.socket()) {
+            let conduit = self.conduit.get_or_insert_with(|| {
+                let made = Conduit::new();
+                made.inspect_err(|error| tracing::debug!(%error, "no pipe: memory is read")).ok()
+            });
+            if let Some(conduit) = conduit {
+                return conduit.carry(socket, place, memory);
+            }
+        }
+        self.stream.read_volatile(memory).map_err(io_error)
     }
 
     /// Gathers `bytes`, to be written with what follows.
@@ -161,6 +206,22 @@ impl<S: Stream> Link<S> {
     pub(super) fn flush(&mut self) -> Result<(), PeerError> {
         let output = std::mem::take(&mut self.output);
         let written = self.write_all(&output);
+        self.output = output;
+        self.output.clear();
+        written
+    }
+
+    /// Writes what was gathered, in one packet with the start of what follows if that can be.
+    pub(super) fn flush_before_more(&mut self) -> Result<(), PeerError> {
+        let output = std::mem::take(&mut self.output);
+        let written = self.patiently(self.soon(), |link| match link.stream.socket() {
+            Some(socket) => Ok(send(socket, &output, SendFlags::MORE | SendFlags::NOSIGNAL)?),
+            None => link.stream.write(&output),
+        });
+        let written = written.and_then(|written| {
+            self.sent += written as u64;
+            self.write_all(&output[written..])
+        });
         self.output = output;
         self.output.clear();
         written
@@ -199,7 +260,7 @@ impl<S: Stream> Link<S> {
     }
 
     /// Heeds a wish to stop.
-    fn look_up(&self) -> Result<(), PeerError> {
+    pub(super) fn look_up(&self) -> Result<(), PeerError> {
         if self.cancel.is_cancelled() { Err(PeerError::Cancelled) } else { Ok(()) }
     }
 

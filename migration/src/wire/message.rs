@@ -16,6 +16,8 @@ pub enum Message {
         offer: Offer,
         /// Only asking.
         dry_run: bool,
+        /// Over how many connections memory will flow, this one included.
+        streams: u8,
     },
     /// Destination: the machine is built; the migration has this name from now on.
     Accepted(Token),
@@ -25,9 +27,7 @@ pub enum Message {
     RoundEnd,
     /// Destination: and all of it arrived.
     RoundTaken,
-    /// Source: nothing to tell; it waits for its guest.
-    Alive,
-    /// Source: everything was sent.
+    /// Source: everything was sent over this connection.
     End(Totals),
     /// Destination: everything is loaded, and nothing runs.
     Ready(Token),
@@ -37,16 +37,27 @@ pub enum Message {
     Running(Token),
     /// Source: nobody will ask any more.
     Done(Token),
-    /// Destination: the assigned device of this name serves the guest again.
-    Back(String),
-    /// Destination: and that was the last.
-    Settled,
     /// Source, on a new connection: who has the guest?
     Query(Token),
     /// Destination: the answer to that.
     Answer(Verdict),
     /// Either: it ends here, and why.
     GaveUp(String),
+    /// Source, on a new connection: memory of that migration will flow here too.
+    Join {
+        /// The migration.
+        token: Token,
+        /// Which of its connections this is, from 1 on.
+        lane: u8,
+    },
+    /// Destination: let it flow.
+    Joined,
+    /// Source: nothing to tell; it waits for its guest.
+    Alive,
+    /// Destination: the assigned device of this name serves the guest again.
+    Back(String),
+    /// Destination: and that was the last.
+    Settled,
 }
 
 impl Message {
@@ -69,6 +80,8 @@ impl Message {
             Self::Query(_) => "QUERY",
             Self::Answer(_) => "ANSWER",
             Self::GaveUp(_) => "GAVE UP",
+            Self::Join { .. } => "JOIN",
+            Self::Joined => "JOINED",
         }
     }
 }
@@ -117,7 +130,7 @@ mod tests {
     #[test]
     fn messages_keep_their_numbers() {
         let token: Token = "00112233445566778899aabbccddeeff".parse().unwrap();
-        let named: [(u8, Message); 10] = [
+        let named: [(u8, Message); 15] = [
             (1, Message::Accepted(token)),
             (3, Message::RoundEnd),
             (4, Message::RoundTaken),
@@ -128,6 +141,11 @@ mod tests {
             (9, Message::Done(token)),
             (10, Message::Query(token)),
             (12, Message::GaveUp(String::new())),
+            (13, Message::Join { token, lane: 1 }),
+            (14, Message::Joined),
+            (15, Message::Alive),
+            (16, Message::Back(String::new())),
+            (17, Message::Settled),
         ];
         for (number, message) in named {
             assert_eq!(postcard::to_stdvec(&message).unwrap()[0], number, "{}", message.name());

@@ -1,9 +1,11 @@
 //! What goes over the connection: a frozen greeting, then frames.
 
 mod channel;
+mod conduit;
 mod error;
 mod frame;
 mod hello;
+mod lanes;
 mod link;
 mod message;
 mod pace;
@@ -16,6 +18,8 @@ pub(crate) use channel::sum_of;
 pub use error::PeerError;
 pub use frame::{FRAME_LIMIT, Frame, MESSAGE_LIMIT};
 pub use hello::{Hello, VERSIONS};
+pub use lanes::MOST_STREAMS;
+pub(crate) use lanes::{Door, Lanes, culprit};
 pub use message::{Message, Totals};
 pub(crate) use pace::Pace;
 pub use stream::{Listener, Stream, connect_tcp, listen_tcp};

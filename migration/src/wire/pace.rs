@@ -19,6 +19,12 @@ impl Pace {
         Self { limit: limit.map(|limit| limit.max(1)), due: Instant::now() }
     }
 
+    /// How many bytes each of `streams` may send in one go such that none waits long for its turn;
+    /// none if there is no limit.
+    pub(crate) fn fair_share(&self, streams: u64) -> Option<u64> {
+        self.limit.map(|limit| limit / 8 / streams)
+    }
+
     /// Accounts for `bytes` and sleeps while ahead of the limit, or until cancelled.
     pub(crate) fn spend(&mut self, bytes: u64, cancel: &Cancel) {
         let Some(limit) = self.limit else { return };

@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
@@ -18,6 +18,11 @@ pub trait Stream: Read + Write + ReadVolatile + WriteVolatile + Send {
 
     /// Who is at the other end, for errors.
     fn peer(&self) -> String;
+
+    /// The socket, if there is nothing else between the two ends.
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// Something that connections arrive at.
@@ -38,6 +43,10 @@ impl Stream for TcpStream {
     fn peer(&self) -> String {
         self.peer_addr().map_or_else(|_| "an unknown address".into(), |address| address.to_string())
     }
+
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.as_fd())
+    }
 }
 
 impl Stream for UnixStream {
@@ -48,6 +57,10 @@ impl Stream for UnixStream {
 
     fn peer(&self) -> String {
         "a local socket".into()
+    }
+
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.as_fd())
     }
 }
 

@@ -55,7 +55,14 @@ impl Uvmm {
     /// # Errors
     /// If `UVMM` is not set or there is no room for files.
     pub fn new() -> Result<Self> {
-        let binary = variable("UVMM")?.into();
+        Self::of(variable("UVMM")?.into())
+    }
+
+    /// A host that uses the program at `binary`.
+    ///
+    /// # Errors
+    /// If there is no room for files.
+    pub fn of(binary: PathBuf) -> Result<Self> {
         let dir = tempfile::tempdir().context(|| "cannot create a temporary directory".into())?;
         Ok(Self { binary, dir, started: AtomicUsize::new(0) })
     }
@@ -158,7 +165,7 @@ impl Uvmm {
         let mut all = vec![OsString::from("--incoming"), format!("tcp:{address}").into()];
         all.extend(arguments.iter().map(OsString::from));
         let vm = self.run(name, all)?;
-        self.until_it_answers(&vm)?;
+        self.until_it_answers(&vm.name)?;
         Ok((vm, address))
     }
 
@@ -221,19 +228,16 @@ impl Uvmm {
         report::finish(child.context(|| "cannot run uvmm".into())?, SHORT)
     }
 
-    fn until_it_answers(&self, vm: &Vm) -> Result<()> {
+    /// Waits until the VM called `name` answers.
+    pub(crate) fn until_it_answers(&self, name: &str) -> Result<()> {
         let deadline = Instant::now() + SHORT;
         loop {
-            let (status, _, errors) = self.call(&["info", "--vm", &vm.name])?;
+            let (status, _, errors) = self.call(&["info", "--vm", name])?;
             if status.success() {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                return Err(Error::Timeout(format!(
-                    "{} does not answer: {}",
-                    vm.name,
-                    errors.trim()
-                )));
+                return Err(Error::Timeout(format!("{name} does not answer: {}", errors.trim())));
             }
             thread::sleep(Duration::from_millis(50));
         }

@@ -29,7 +29,7 @@ pub(super) struct MigrateArgs {
     /// Only agree with the destination, and print the plan.
     #[arg(long)]
     dry_run: bool,
-    /// How many connections carry memory: one, so far, whatever is asked for
+    /// How many connections carry memory, 1 to 16 [default: one for each processor]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     streams: Option<u8>,
     /// The longest pause to aim at.

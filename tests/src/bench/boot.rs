@@ -1,50 +1,14 @@
-//! `cargo lab bench`: what the README claims, measured against others in one run.
+//! How fast a Linux guest boots, and what uvmm itself takes for it, in the lab host.
 use std::ffi::OsString;
-use std::fmt;
-use std::fs;
 use std::io::Read;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-
-use crate::error::{Context, Error, Result, reading};
+use super::{Row, at_most, figure, median, resident_mib};
+use crate::error::{Context, Error, Result};
 use crate::vm::{BOOT, CMDLINE, Uvmm, variable};
-
-/// Runs of each VMM; the median counts.
-pub const RUNS: usize = 5;
-
-/// One figure and what it should be.
-#[derive(Debug, Serialize)]
-pub struct Row {
-    figure: &'static str,
-    /// The most that is good enough, if there is a goal.
-    goal: Option<f64>,
-    measured: f64,
-    unit: &'static str,
-}
-
-impl Row {
-    /// Whether the goal is reached, or there is none.
-    #[must_use]
-    pub fn ok(&self) -> bool {
-        self.goal.is_none_or(|goal| self.measured <= goal)
-    }
-}
-
-impl fmt::Display for Row {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:<58} {:>8.2} {:<4}", self.figure, self.measured, self.unit)?;
-        match self.goal {
-            Some(goal) => {
-                write!(f, " goal {goal:>5.2}  {}", if self.ok() { "ok" } else { "MISSED" })
-            }
-            None => Ok(()),
-        }
-    }
-}
 
 /// Measures what is measured in the lab host; `runs` boots of each VMM, in turns.
 ///
@@ -64,12 +28,11 @@ pub fn boots(runs: usize) -> Result<Vec<Row>> {
         sizes.push(ours.resident_mib);
     }
     let (ours, theirs) = (median(uvmm_times), median(qemu_times));
-    let row = |figure, goal, measured, unit| Row { figure, goal, measured, unit };
     Ok(vec![
-        row("boot to the first line of /init, uvmm", None, ours, "s"),
-        row("boot to the first line of /init, QEMU microvm", None, theirs, "s"),
-        row("boot, uvmm / QEMU", Some(0.42), ours / theirs, ""),
-        row("resident memory of uvmm beyond guest RAM", Some(6.0), median(sizes), "MiB"),
+        figure("boot to the first line of /init, uvmm", ours, "s"),
+        figure("boot to the first line of /init, QEMU microvm", theirs, "s"),
+        at_most(0.42, "boot, uvmm / QEMU", ours / theirs, ""),
+        at_most(6.0, "resident memory of uvmm beyond guest RAM", median(sizes), "MiB"),
     ])
 }
 
@@ -170,53 +133,4 @@ fn first_line(
             }
         }
     })
-}
-
-/// The resident memory that is no shared memory; guest RAM is a memfd, and so shared.
-fn resident_mib(pid: u32) -> Result<f64> {
-    let path = PathBuf::from(format!("/proc/{pid}/status"));
-    let status = fs::read_to_string(&path).context(|| reading(&path))?;
-    let kib = |key: &str| -> Option<f64> {
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix(key))?
-            .split_whitespace()
-            .next()?
-            .parse()
-            .ok()
-    };
-    match (kib("RssAnon:"), kib("RssFile:")) {
-        (Some(anonymous), Some(file)) => Ok((anonymous + file) / 1024.0),
-        _ => Err(Error::Unsupported(format!("{} tells no resident size", path.display()))),
-    }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => f64::NAN,
-        length if length % 2 == 1 => values[middle],
-        _ => f64::midpoint(values[middle - 1], values[middle]),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_median_is_in_the_middle() {
-        assert_eq!(median(vec![3.0, 1.0, 2.0]).to_bits(), 2.0_f64.to_bits());
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]).to_bits(), 2.5_f64.to_bits());
-        assert!(median(vec![]).is_nan());
-    }
-
-    #[test]
-    fn a_goal_is_the_most_that_is_good_enough() {
-        let row = |measured| Row { figure: "", goal: Some(6.0), measured, unit: "MiB" };
-        assert!(row(6.0).ok());
-        assert!(!row(6.01).ok());
-        assert!(!row(f64::NAN).ok());
-    }
 }

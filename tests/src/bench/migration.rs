@@ -1,0 +1,141 @@
+//! How fast a guest moves, on this machine's own KVM, beside QEMU and beside sockets alone.
+use std::path::PathBuf;
+
+use super::vmms::{Journey, Load, Stand, Vmm};
+use super::{Row, at_least, at_most, figure, median, raw};
+use crate::error::Result;
+
+/// Connections, where there are several: one for each processor of the machine that the goals
+/// were set on.
+const STREAMS: usize = 2;
+const MIB: u64 = 1024;
+/// Every page holds something, and 1 MiB changes all the time.
+const FULL: Load = Load { mib: MIB, percent: 100, rewritten_mib: 1 };
+const SPARSE: Load = Load { percent: 10, ..FULL };
+const BUSY: Load = Load { rewritten_mib: 64, ..FULL };
+
+/// One run of everything, in turns.
+struct Run {
+    /// Seconds of a raw copy, over one connection and over several.
+    raw: [f64; 2],
+    uvmm: Journey,
+    uvmm_single: Journey,
+    sparse: Journey,
+    busy: Journey,
+    qemu: Journey,
+    qemu_single: Journey,
+    qemu_busy: Journey,
+}
+
+/// Measures migrations by the program at `uvmm`, `runs` of each kind.
+///
+/// # Errors
+/// If a VMM does not do what it is told.
+pub fn migrations(uvmm: PathBuf, runs: usize) -> Result<Vec<Row>> {
+    let stand = Stand::new(uvmm)?;
+    let mut all = Vec::new();
+    for run in 1..=runs {
+        let one = measure(&stand)?;
+        eprintln!(
+            "migration {run} of {runs}: uvmm {:.2} s, QEMU {:.2} s, sockets alone {:.2} s",
+            one.uvmm.seconds, one.qemu.seconds, one.raw[1]
+        );
+        all.push(one);
+    }
+    Ok([speed(&all), stops(&all), rest(&all)].into_iter().flatten().collect())
+}
+
+fn measure(stand: &Stand) -> Result<Run> {
+    let go = |vmm, load| stand.migrate(vmm, load, || Ok(())).map(|(journey, ())| journey);
+    let bytes = usize::try_from(MIB << 20).expect("it fits this machine's memory");
+    // With the guest at work beside it, as it is beside a migration.
+    let copies = || Ok([raw::copy(bytes, 1)?, raw::copy(bytes, STREAMS)?]);
+    let (uvmm, raw) = stand.migrate(Vmm::Uvmm(STREAMS), FULL, copies)?;
+    Ok(Run {
+        raw,
+        uvmm,
+        qemu: go(Vmm::QemuMultifd(STREAMS), FULL)?,
+        uvmm_single: go(Vmm::Uvmm(1), FULL)?,
+        qemu_single: go(Vmm::Qemu, FULL)?,
+        sparse: go(Vmm::Uvmm(STREAMS), SPARSE)?,
+        busy: go(Vmm::Uvmm(STREAMS), BUSY)?,
+        qemu_busy: go(Vmm::QemuMultifd(STREAMS), BUSY)?,
+    })
+}
+
+/// The median of what `of` tells of each run.
+fn middle(runs: &[Run], of: impl Fn(&Run) -> f64) -> f64 {
+    median(runs.iter().map(of))
+}
+
+fn speed(runs: &[Run]) -> Vec<Row> {
+    let figure = |name: &str, of: fn(&Run) -> f64| figure(name, middle(runs, of), "s");
+    vec![
+        figure("1 GiB, uvmm, 2 streams", |run| run.uvmm.seconds),
+        figure("1 GiB, QEMU, multifd, 2 channels", |run| run.qemu.seconds),
+        figure("1 GiB, sockets alone, 2 streams", |run| run.raw[1]),
+        figure("1 GiB, uvmm, 1 stream", |run| run.uvmm_single.seconds),
+        figure("1 GiB, QEMU, 1 stream", |run| run.qemu_single.seconds),
+        figure("1 GiB, sockets alone, 1 stream", |run| run.raw[0]),
+        at_most(
+            0.6,
+            "time, uvmm / QEMU multifd, 2 streams",
+            middle(runs, |run| run.uvmm.seconds / run.qemu.seconds),
+            "",
+        ),
+        at_most(
+            0.3,
+            "time, uvmm with 2 streams / QEMU with 1",
+            middle(runs, |run| run.uvmm.seconds / run.qemu_single.seconds),
+            "",
+        ),
+        at_least(
+            0.85,
+            "throughput, uvmm / sockets alone, 2 streams",
+            middle(runs, |run| run.raw[1] / run.uvmm.seconds),
+            "",
+        ),
+        at_least(
+            0.85,
+            "throughput, uvmm / sockets alone, 1 stream",
+            middle(runs, |run| run.raw[0] / run.uvmm_single.seconds),
+            "",
+        ),
+    ]
+}
+
+fn stops(runs: &[Run]) -> Vec<Row> {
+    let figure = |name: &str, of: fn(&Run) -> f64| figure(name, middle(runs, of), "ms");
+    let ratio =
+        |run: &Run| run.uvmm.downtime_ms / run.qemu.downtime_ms.min(run.qemu_single.downtime_ms);
+    vec![
+        figure("downtime seen in the guest's memory, uvmm, 2 streams", |run| run.uvmm.downtime_ms),
+        figure("downtime, QEMU, multifd", |run| run.qemu.downtime_ms),
+        figure("downtime, QEMU, 1 stream", |run| run.qemu_single.downtime_ms),
+        at_most(0.15, "downtime, uvmm / the better of QEMU", middle(runs, ratio), ""),
+    ]
+}
+
+fn rest(runs: &[Run]) -> Vec<Row> {
+    let ours = |run: &Run| [run.uvmm, run.uvmm_single, run.sparse, run.busy];
+    let growth = |run: &Run| ours(run).iter().map(|j| j.growth_mib).fold(0.0, f64::max);
+    let busy = |name: &str, of: fn(&Run) -> f64, unit| figure(name, middle(runs, of), unit);
+    vec![
+        at_most(
+            0.25,
+            "time, 90 % zero pages / none",
+            middle(runs, |run| run.sparse.seconds / run.uvmm.seconds),
+            "",
+        ),
+        at_most(16.0, "growth of a VMM while it migrates", middle(runs, growth), "MiB"),
+        at_most(
+            300.0,
+            "64 MiB rewritten all the time: downtime, uvmm",
+            middle(runs, |run| run.busy.downtime_ms),
+            "ms",
+        ),
+        busy("64 MiB rewritten: downtime, QEMU multifd", |run| run.qemu_busy.downtime_ms, "ms"),
+        busy("64 MiB rewritten: time, uvmm", |run| run.busy.seconds, "s"),
+        busy("64 MiB rewritten: time, QEMU multifd", |run| run.qemu_busy.seconds, "s"),
+    ]
+}
