@@ -13,7 +13,7 @@
 //! | +0x18 | rw | slots paused |
 //! | +0x1c | rw | slots that could not be paused |
 //!
-//! Bit i of the last three stands for slot i, counted from 0.
+//! Bit i of the last three stands for slot i, counted from 0: device i + 1 of the bus behind.
 //!
 //! The host sets *event* whenever it changed what it wants. It interrupts only while the guest has
 //! *interrupt enable* set: a guest without a driver for the block would never clear the event, and
@@ -22,7 +22,8 @@
 //!
 //! - *Dirtying promised*: as long as dirtying is wanted, whatever page a device behind the bridge
 //!   wrote is written by a CPU as well, at the latest when the pause is answered. The guest sets
-//!   *dirtying* once it began to, and clears it when it is wanted no more.
+//!   *dirtying* once it began to, and clears it when it is wanted no more. A guest that can keep its
+//!   promise no longer clears both bits at once: a host that relied on it looks again at the end.
 //! - *Pause*: the host sets the slots asked, clears both answers, and sets *pause wanted*. The guest
 //!   pauses their devices, in reverse order, and writes both answers: a pause is answered when
 //!   each slot that was asked is in one of them.
