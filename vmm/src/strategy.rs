@@ -15,7 +15,7 @@ mod pause;
 pub(crate) use dirtying::WantDirtying;
 pub(crate) use evict::Evict;
 pub(crate) use moving::Moving;
-pub(crate) use pause::Pause;
+pub(crate) use pause::{Pause, StayPaused};
 
 use crate::config::{DeviceConfig, DeviceId, Strategy};
 

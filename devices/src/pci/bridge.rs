@@ -258,7 +258,7 @@ impl PciFunction for SlotBridge {
         };
         let end =
             u16::try_from(data.len()).map_or(u16::MAX, |length| offset.saturating_add(length));
-        changes.told = self.block.wrote(&mut state.registers, &(offset..end));
+        changes.told = self.block.wrote(&mut state.registers, &(offset..end), &before);
         self.interrupt(&mut state);
         let (was, is) = (is_reset(&before), is_reset(&state.registers));
         if is && !was {

@@ -19,7 +19,9 @@ use crate::dirty::KvmLog;
 use crate::kvm;
 use crate::machine::Machine;
 use crate::power::PowerSwitch;
-use crate::strategy::{Abilities, Choice, Evict, Moving, Pause, WantDirtying, Way, choose};
+use crate::strategy::{
+    Abilities, Choice, Evict, Moving, Pause, StayPaused, WantDirtying, Way, choose,
+};
 use crate::vcpu::Vcpus;
 
 /// Bytes of state of one vCPU and of everything else, about; extended state can be larger.
@@ -121,8 +123,7 @@ impl Leaving {
         if ways.contains(&Way::EvictEarly) {
             self.plan.at(phase, Priority::EVICT, Evict::new(moving.clone(), Way::EvictEarly));
         }
-        if moving.slots().block().dirtying_active && ways.iter().any(|way| *way != Way::EvictEarly)
-        {
+        if moving.promised() && ways.iter().any(|way| *way != Way::EvictEarly) {
             self.plan.at(phase, Priority::GUEST, WantDirtying(moving.clone()));
         }
         if ways.contains(&Way::EvictLate) {
@@ -131,6 +132,7 @@ impl Leaving {
         }
         if ways.contains(&Way::Pause) {
             self.plan.at(Phase::Release, Priority::GUEST, Pause::new(moving.clone()));
+            self.plan.at(Phase::Quiesce, Priority::ASSIGNED, StayPaused(moving.clone()));
         }
     }
 

@@ -22,7 +22,7 @@ impl Step for WantDirtying {
         let slots = self.0.slots();
         slots.want_dirtying(true);
         let deadline = Instant::now() + BEGINS;
-        while !slots.block().dirtying_began {
+        while !slots.block().promise_is_kept() {
             let broken = !slots.block().dirtying_active || Instant::now() > deadline;
             let failed =
                 if broken { Err("the guest promised it and does not".into()) } else { meanwhile() };

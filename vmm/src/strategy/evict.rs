@@ -43,7 +43,11 @@ impl Step for Evict {
 
     fn enter(&mut self, meanwhile: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
         self.out = self.moving.by(self.way);
-        evict(&self.moving, &self.out, meanwhile)
+        evict(&self.moving, &self.out, meanwhile)?;
+        if self.way == Way::EvictEarly {
+            return Ok(());
+        }
+        self.moving.check_promise().inspect_err(|_| give_back(&self.moving, &self.out))
     }
 
     fn took_long(&self) -> bool {

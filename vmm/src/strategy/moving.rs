@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use devices::pci::PciFunction;
 use devices::shpc::Slots;
+use migration::plan::StepFailure;
 use migration::report::Device;
 
 use super::{Choice, Way};
@@ -15,6 +16,8 @@ use crate::config::{DeviceConfig, DeviceId};
 #[derive(Clone)]
 pub(crate) struct Moving {
     slots: Arc<Slots>,
+    /// Whether the devices may work longer because the guest promised to tell what they write.
+    promised: bool,
     passengers: Arc<Mutex<Vec<Passenger>>>,
 }
 
@@ -43,7 +46,8 @@ impl Moving {
             without: None,
         };
         let passengers = devices.into_iter().map(passenger).collect();
-        Self { slots, passengers: Arc::new(Mutex::new(passengers)) }
+        let promised = slots.block().dirtying_active;
+        Self { slots, promised, passengers: Arc::new(Mutex::new(passengers)) }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Vec<Passenger>> {
@@ -53,6 +57,21 @@ impl Moving {
     /// The slots that they are in.
     pub(crate) fn slots(&self) -> &Arc<Slots> {
         &self.slots
+    }
+
+    /// Whether the guest promised to tell what they write.
+    pub(crate) fn promised(&self) -> bool {
+        self.promised
+    }
+
+    /// Fails if the guest broke its promise: nobody knows what the devices wrote.
+    pub(super) fn check_promise(&self) -> Result<(), StepFailure> {
+        if self.promised && !self.slots.block().promise_is_kept() {
+            return Err("the guest no longer tells what its devices write (was its driver \
+                        unloaded?): migrate again"
+                .into());
+        }
+        Ok(())
     }
 
     /// How they move.

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use devices::pci::bridge::BlockView;
 use devices::shpc::Slots;
 use migration::plan::{Meanwhile, Step, StepFailure};
 
@@ -59,13 +60,16 @@ impl Step for Pause {
     fn enter(&mut self, meanwhile: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
         loop {
             let devices = self.moving.by(Way::Pause);
-            let failed = match pause(&self.moving, &devices, meanwhile) {
-                Ok(unpaused) if unpaused.is_empty() => return Ok(()),
+            let gone_on = match pause(&self.moving, &devices, meanwhile) {
+                Ok(unpaused) if unpaused.is_empty() => match self.moving.check_promise() {
+                    Ok(()) => return Ok(()),
+                    Err(error) => Err(error),
+                },
                 Ok(unpaused) => self.evict_instead(unpaused, meanwhile),
                 Err(error) => Err(error),
             };
-            if let Err(error) = failed {
-                give_back(&self.moving, &self.evicted);
+            if let Err(error) = gone_on {
+                self.undo();
                 return Err(error);
             }
         }
@@ -80,6 +84,27 @@ impl Step for Pause {
         resume(&self.moving, &self.moving.by(Way::Pause));
         give_back(&self.moving, &self.evicted);
     }
+}
+
+/// Makes sure, once no vCPU runs, that the guest did not resume what it had paused.
+pub(crate) struct StayPaused(pub(crate) Moving);
+
+impl Step for StayPaused {
+    fn name(&self) -> String {
+        "see that what is paused stays so".to_owned()
+    }
+
+    fn enter(&mut self, _meanwhile: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
+        let numbers: Vec<u8> = self.0.by(Way::Pause).into_iter().map(|(_, slot)| slot).collect();
+        let devices = self.0.slots().mask(&numbers)?;
+        if devices & !self.0.slots().block().paused == 0 {
+            Ok(())
+        } else {
+            Err("the guest resumed its devices too early (was its driver unloaded?)".into())
+        }
+    }
+
+    fn undo(&mut self) {}
 }
 
 /// Asks the guest to pause `devices`; gives those that it did not. If there are any, none is
@@ -99,7 +124,9 @@ fn pause(
     slots.ask_to_pause(&numbers)?;
     let deadline = Instant::now() + PATIENCE;
     let mut stopped = Ok(());
-    while !slots.block().is_answered() && Instant::now() < deadline && stopped.is_ok() {
+    let may_answer =
+        |block: BlockView| block.wants_pause && block.can_pause && !block.is_answered();
+    while may_answer(slots.block()) && Instant::now() < deadline && stopped.is_ok() {
         seen = slots.wait(seen, Instant::now() + TICK);
         stopped = meanwhile();
     }

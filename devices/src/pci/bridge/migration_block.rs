@@ -7,7 +7,7 @@
 //! | +0x00 | ro | identifier 0x09, next, length 0x20, revision 1 |
 //! | +0x04 | ro | signature, the letters `uvmm` |
 //! | +0x08 | ro | capabilities: 0 dirtying, 1 pause |
-//! | +0x0c | ro, w1c | status: 0 dirtying wanted, 1 pause wanted, 31 event (w1c) |
+//! | +0x0c | ro, w1c | status: 0 dirtying wanted, 1 pause wanted, 2 promise broken, 31 event (w1c) |
 //! | +0x10 | rw | control: 0 dirtying promised, 1 can pause, 2 dirtying, 31 interrupt enable |
 //! | +0x14 | ro | slots asked to pause |
 //! | +0x18 | rw | slots paused |
@@ -23,7 +23,8 @@
 //! - *Dirtying promised*: as long as dirtying is wanted, whatever page a device behind the bridge
 //!   wrote is written by a CPU as well, at the latest when the pause is answered. The guest sets
 //!   *dirtying* once it began to, and clears it when it is wanted no more. A guest that can keep its
-//!   promise no longer clears both bits at once: a host that relied on it looks again at the end.
+//!   promise no longer clears both bits at once. *Promise broken* tells of that until dirtying is
+//!   wanted anew: a host that relied on it looks at the end.
 //! - *Pause*: the host sets the slots asked, clears both answers, and sets *pause wanted*. The guest
 //!   pauses their devices, in reverse order, and writes both answers: a pause is answered when
 //!   each slot that was asked is in one of them.
@@ -56,6 +57,7 @@ const UNABLE: u16 = 0x1c;
 const DIRTYING: u32 = 1 << 0;
 const PAUSE: u32 = 1 << 1;
 const TOUCHING: u32 = 1 << 2;
+const BROKEN: u32 = 1 << 2;
 const INTERRUPT_ENABLE: u32 = 1 << 31;
 const EVENT: u32 = 1 << 31;
 
@@ -70,6 +72,8 @@ pub struct BlockView {
     /// The guest keeps its promise since before it said so: what devices write from now on, a CPU
     /// writes as well.
     pub dirtying_began: bool,
+    /// The guest took its promise back while dirtying was wanted, if only for a moment.
+    pub broken: bool,
     /// The host wants dirtying.
     pub wants_dirtying: bool,
     /// The host wants the slots in `asked` paused.
@@ -83,6 +87,12 @@ pub struct BlockView {
 }
 
 impl BlockView {
+    /// Whether a CPU has written whatever a device wrote since dirtying began.
+    #[must_use]
+    pub fn promise_is_kept(&self) -> bool {
+        self.wants_dirtying && self.dirtying_active && self.dirtying_began && !self.broken
+    }
+
     /// Whether the guest has said of each slot asked what became of it.
     #[must_use]
     pub fn is_answered(&self) -> bool {
@@ -109,7 +119,8 @@ impl MigrationBlock {
         registers.constant(at + REVISION_AT, REVISION);
         registers.constant(at + SIGNATURE_AT, SIGNATURE);
         registers.constant(at + CAPABILITIES, DIRTYING | PAUSE);
-        let status = Field { status: DIRTYING | PAUSE, clearable: EVENT, ..Field::default() };
+        let status =
+            Field { status: DIRTYING | PAUSE | BROKEN, clearable: EVENT, ..Field::default() };
         registers.define(at + STATUS, status);
         registers.writable(at + CONTROL, 0, DIRTYING | PAUSE | TOUCHING | INTERRUPT_ENABLE);
         registers.define(at + ASKED, Field { status: slots, ..Field::default() });
@@ -129,6 +140,7 @@ impl MigrationBlock {
             dirtying_active: control & DIRTYING != 0,
             can_pause: control & PAUSE != 0,
             dirtying_began: control & TOUCHING != 0,
+            broken: status & BROKEN != 0,
             wants_dirtying: status & DIRTYING != 0,
             wants_pause: status & PAUSE != 0,
             asked: self.get(registers, ASKED),
@@ -150,6 +162,7 @@ impl MigrationBlock {
     }
 
     pub(super) fn want_dirtying(self, registers: &mut Registers, wanted: bool) {
+        self.want(registers, BROKEN, false);
         self.want(registers, DIRTYING, wanted);
     }
 
@@ -165,9 +178,19 @@ impl MigrationBlock {
         self.want(registers, PAUSE, false);
     }
 
-    /// Takes notice of a write of the guest to `written` of configuration space; whether it was
-    /// here.
-    pub(super) fn wrote(self, registers: &mut Registers, written: &Range<u16>) -> bool {
+    /// Takes notice of a write of the guest to `written` of configuration space, which was as in
+    /// `before`; whether it was here.
+    pub(super) fn wrote(
+        self,
+        registers: &mut Registers,
+        written: &Range<u16>,
+        before: &Registers,
+    ) -> bool {
+        let kept = |registers| self.view(registers).promise_is_kept();
+        if kept(before) && !kept(registers) {
+            let status = self.get(registers, STATUS);
+            registers.set(self.0 + STATUS, status | BROKEN);
+        }
         let within =
             |from: u16, to: u16| written.start < self.0 + to && self.0 + from < written.end;
         let BlockView { wants_pause, paused, .. } = self.view(registers);

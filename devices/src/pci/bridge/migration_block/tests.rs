@@ -246,6 +246,24 @@ fn a_resume_while_the_guest_still_pauses_is_not_done_before_it_says_so() {
 }
 
 #[test]
+fn a_promise_that_was_broken_stays_so_until_it_is_wanted_anew() {
+    let bench = Bench::new();
+    bench.want_dirtying(true);
+    bench.write(CONTROL, 1);
+    assert!(!bench.block().promise_is_kept(), "it has not begun");
+    bench.write(CONTROL, 1 | 4);
+    assert!(bench.block().promise_is_kept());
+    bench.write(CONTROL, 4);
+    bench.write(CONTROL, 1 | 4);
+    assert!(bench.block().broken && !bench.block().promise_is_kept());
+    bench.want_dirtying(true);
+    assert!(bench.block().promise_is_kept());
+    bench.want_dirtying(false);
+    bench.write(CONTROL, 1);
+    assert!(!bench.block().broken, "it need not be kept for ever");
+}
+
+#[test]
 fn nothing_is_left_of_it_after_a_reset() {
     let bench = Bench::driven(false);
     bench.want_dirtying(true);
@@ -288,7 +306,7 @@ fn a_state_that_no_bridge_like_it_has_is_refused() {
     for (register, value) in [
         (SIGNATURE_AT, SIGNATURE ^ 1),
         (CAPABILITIES, 0),
-        (STATUS, 1 << 2),
+        (STATUS, 1 << 3),
         (CONTROL, 1 << 3),
         (ASKED, 1 << 4),
         (PAUSED, 1 << 31),
