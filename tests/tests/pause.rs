@@ -29,6 +29,8 @@ fn networked(uvmm: &Uvmm, more: &str, driver: &str, arguments: &[&str]) -> Vm {
     vm
 }
 
+/// Rewrites memory and checks it.
+const LOAD: &str = "guest-load 8 1 /run/load > /dev/null & sleep 2";
 /// The guest driver, before the card's own.
 const DRIVER: &str = "insmod /modules/uvmm_bridge.ko && ";
 
@@ -56,7 +58,8 @@ fn drivers_own_time(vm: &mut Vm) -> f64 {
 
 /// How long the rest of the network cannot reach a stock guest that moves.
 fn outage_of_eviction(uvmm: &Uvmm) -> Duration {
-    let vm = networked(uvmm, "", "", &["--device", &device("net0", "VF0")]);
+    let mut vm = networked(uvmm, "", "", &["--device", &device("net0", "VF0")]);
+    vm.says(LOAD).unwrap();
     let pinger = Pinger::start(GUEST_IP, OFTEN).unwrap();
     let (mut vm, report) = move_on(uvmm, vm, "evicted", &[&device("net0", "VF1")]);
     assert_eq!(ways(&report), ["net0=evict"]);
@@ -71,11 +74,11 @@ fn a_paused_function_keeps_its_connections_from_trip_to_trip() {
     let evicted = outage_of_eviction(&uvmm);
     let _alias = Alias::give("PF1", 0).unwrap();
     let mut vm = networked(&uvmm, "", DRIVER, &["--device", &device("net0", "VF0")]);
-    vm.says("guest-load 8 1 /run/load > /dev/null & sleep 2").unwrap();
+    vm.says(LOAD).unwrap();
     let bulk = Bulk::start(&mut vm).unwrap();
     println!("| trip | outage | paused | the driver's own | stopped |");
     println!("| evicted | {evicted:.0?} | | | |");
-    let mut shares = Vec::new();
+    let (mut shares, mut outages) = (Vec::new(), Vec::new());
     for (trip, function) in (1..=TRIPS).zip(["VF1", "VF0"].into_iter().cycle()) {
         let pinger = Pinger::start(GUEST_IP, OFTEN).unwrap();
         let name = format!("host-{trip}");
@@ -86,12 +89,15 @@ fn a_paused_function_keeps_its_connections_from_trip_to_trip() {
         let outage = pinger.finish().unwrap().outage;
         let (paused, own) = (report.devices[0].paused_ms, drivers_own_time(&mut vm));
         println!("| {trip} | {outage:.0?} | {paused} ms | {own} ms | {} ms |", report.downtime_ms);
-        assert!(outage * 10 <= evicted, "{outage:?} is much beside {evicted:?}");
         shares.push(paused / own);
+        outages.push(outage);
     }
     // One late wake-up of an emulated processor says nothing.
     shares.sort_by(f64::total_cmp);
+    outages.sort();
     println!("paused for {:.1} times the driver's own time", shares[TRIPS / 2]);
+    let outage = outages[TRIPS / 2];
+    assert!(outage * 10 <= evicted, "{outage:?} is much beside {evicted:?}");
     assert!(bulk.finish(&mut vm).unwrap() > 0);
     assert!(vm.says("pidof guest-load && cat /run/load").unwrap().contains("pages="));
     assert!(!vm.serial.everything().contains("CORRUPT"));

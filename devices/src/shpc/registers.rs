@@ -232,6 +232,12 @@ impl Controller {
         self.change(slot, Slot::press_button);
     }
 
+    /// Whether the guest has not taken notice of the last press of `slot`'s button yet.
+    #[must_use]
+    pub fn is_pressed(&self, slot: u8) -> bool {
+        self.slots.get(usize::from(slot)).is_some_and(Slot::is_pressed)
+    }
+
     /// Puts a card into `slot`; the guest powers it when it is told by the button.
     pub fn insert(&mut self, slot: u8) {
         self.change(slot, Slot::insert);

@@ -162,6 +162,11 @@ impl Slot {
         self.latches |= latch::BUTTON;
     }
 
+    /// Whether the guest has not taken notice of the last press yet.
+    pub(super) fn is_pressed(&self) -> bool {
+        self.latches & latch::BUTTON != 0
+    }
+
     /// A card is put in and its latch closed.
     pub(super) fn insert(&mut self) {
         self.view.card = true;

@@ -203,6 +203,24 @@ impl Slots {
         self.lock().requests[usize::from(index)] = Some((wish, Progress::Asked));
     }
 
+    /// Presses the button of slot `number` again if the guest took notice of the last press and did
+    /// nothing. Linux ignores one that comes while it still ends what it did before.
+    ///
+    /// # Errors
+    /// There is no such slot.
+    pub fn press_again(&self, number: u8) -> Result<(), SlotError> {
+        let index = self.index(number)?;
+        let request = self.lock().requests[usize::from(index)];
+        if matches!(request, Some((_, Progress::Asked))) {
+            self.bridge.touch(|shpc| {
+                if !shpc.is_pressed(index) {
+                    shpc.press_button(index);
+                }
+            });
+        }
+        Ok(())
+    }
+
     /// Gives up what was wished of slot `number`. If the guest still waits before it begins, a
     /// second press tells it so.
     ///

@@ -12,6 +12,9 @@ use crate::control::{SlotProgress, SlotStage};
 
 /// How long it takes at most to notice that nobody waits any more.
 const TICK: Duration = Duration::from_millis(100);
+/// How long a guest may take from a press of the button that it saw to the first sign that it will
+/// do something; if there is none, the button is pressed again.
+const AGAIN: Duration = Duration::from_secs(3);
 /// How long an access to a device may go on that began before the device was taken out.
 const LAST_ACCESS: Duration = Duration::from_secs(5);
 
@@ -138,7 +141,7 @@ impl<'a> Asking<'a> {
     /// Waits until what was wished is so.
     fn wait(&mut self) -> Result<(), Error> {
         let number = self.number;
-        let mut told = None;
+        let (mut told, mut pressed) = (None, Instant::now());
         loop {
             let seen = self.slots.changes();
             let Status { view, request, .. } = self.slots.status(number)?;
@@ -147,6 +150,10 @@ impl<'a> Asking<'a> {
             if told != Some(stage) {
                 (self.tell)(SlotProgress { slot: number, stage });
                 told = Some(stage);
+            }
+            if pressed.elapsed() > AGAIN {
+                self.slots.press_again(number)?;
+                pressed = Instant::now();
             }
             match progress {
                 Progress::Done => return Ok(()),

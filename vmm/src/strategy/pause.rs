@@ -58,6 +58,7 @@ impl Step for Pause {
     }
 
     fn enter(&mut self, meanwhile: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
+        self.moving.check_promise()?;
         loop {
             let devices = self.moving.by(Way::Pause);
             let gone_on = match pause(&self.moving, &devices, meanwhile) {
@@ -65,7 +66,10 @@ impl Step for Pause {
                     Ok(()) => return Ok(()),
                     Err(error) => Err(error),
                 },
-                Ok(unpaused) => self.evict_instead(unpaused, meanwhile),
+                Ok(unpaused) => {
+                    let promise = self.moving.check_promise();
+                    promise.and_then(|()| self.evict_instead(unpaused, meanwhile))
+                }
                 Err(error) => Err(error),
             };
             if let Err(error) = gone_on {

@@ -200,6 +200,21 @@ fn a_device_that_the_guest_refuses_is_taken_out_again() {
 }
 
 #[test]
+fn a_guest_that_was_busy_is_asked_again() {
+    let (bench, card) = (Bench::new(), Arc::new(Bare));
+    let cancel = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            bench.answer(&[]);
+            bench.answer(&[&HEARS[..], &TAKES].concat());
+        });
+        let mut tell = |_| {};
+        let asking = Asking::new(&bench.slots, 1, Instant::now() + LONG, &cancel, &mut tell);
+        put_in(asking, card.clone()).unwrap();
+    });
+}
+
+#[test]
 fn a_guest_that_ignores_the_button_gets_no_device() {
     let bench = Bench::new();
     let weak = {
