@@ -8,6 +8,9 @@ use serde_json::Value;
 use tests::inside_lab;
 use tests::vm::{SHORT, Uvmm, Vm, text};
 
+/// How often a function comes and goes.
+const CYCLES: usize = 20;
+
 /// Boots a guest with empty slots.
 fn boot(uvmm: &Uvmm, more: &str, arguments: &[&str]) -> Vm {
     let mut vm = uvmm.guest(more, arguments).unwrap();
@@ -18,7 +21,7 @@ fn boot(uvmm: &Uvmm, more: &str, arguments: &[&str]) -> Vm {
 /// Joins the network of the lab by the function in `slot`, and reaches the other end.
 fn pings(vm: &mut Vm, slot: u8) {
     vm.until(&format!("[ -d /sys/bus/pci/devices/0000:01:{slot:02x}.0/net/eth0 ]")).unwrap();
-    vm.says("ip link set eth0 up && ip address add 10.7.0.2/24 dev eth0").unwrap();
+    vm.says("ip link set eth0 up && ip address add 10.7.0.3/24 dev eth0").unwrap();
     vm.until("grep -q 1 /sys/class/net/eth0/carrier").unwrap();
     let said = vm.says(&format!("ping -c 5 -i 0.2 -W 5 {}", text("PEER_IP").unwrap())).unwrap();
     assert!(said.contains(" 0% packet loss"), "{said}");
@@ -65,7 +68,7 @@ fn functions_come_and_go_as_often_as_wished() {
     let mut vm = boot(&uvmm, "", &["--cpus", "2"]);
     assert_eq!(slot(&uvmm, 1)["device"], Value::Null);
     assert_eq!(slot(&uvmm, 1)["driver"], true);
-    for name in ["VF0", "VF1", "VF0"] {
+    for name in ["VF0", "VF1"].into_iter().cycle().take(CYCLES) {
         let device = format!("vfio,id=net0,host={}", text(name).unwrap());
         let (status, printed, steps) = plug(&uvmm, &device, &[]);
         assert!(status.success(), "{steps}");

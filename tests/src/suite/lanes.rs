@@ -1,5 +1,5 @@
-//! The test programs inside the lab host, in two lanes: each has a processor of the lab host for its
-//! guests, and one of the two has the virtual functions for itself.
+//! The test programs inside the lab host, in lanes beside each other, which share neither virtual
+//! functions nor addresses.
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,10 +9,28 @@ use std::time::Instant;
 
 use super::Part;
 use crate::error::{Context, Error, Result};
-use crate::vm::PROCESSOR;
+use crate::vm::{PROCESSOR, text};
 
-/// Programs whose guests have virtual functions: one after the other, as there are few.
-const WITH_FUNCTIONS: [&str; 6] = ["vfio", "hotplug", "evict", "guest_driver", "pause", "promise"];
+/// Programs that run one after the other, beside those of other lanes.
+struct Lane {
+    /// What they are called; the first lane has all that are not named here.
+    programs: &'static [&'static str],
+    /// The processor of the lab host for their guests.
+    processor: &'static str,
+    /// The virtual functions that are theirs: which are `VF0` and `VF1` to them.
+    functions: [&'static str; 2],
+}
+
+/// Two lanes work, the third waits most of the time, for guests that think about a button.
+const LANES: [Lane; 3] = [
+    Lane { programs: &[], processor: "0", functions: ["VF0", "VF1"] },
+    Lane {
+        programs: &["vfio", "evict", "guest_driver", "pause", "promise"],
+        processor: "1",
+        functions: ["VF0", "VF1"],
+    },
+    Lane { programs: &["hotplug"], processor: "0", functions: ["VF2", "VF3"] },
+];
 
 /// Runs `programs`, and shows each line that they print with the name of its program; tells whether
 /// all passed.
@@ -20,33 +38,45 @@ const WITH_FUNCTIONS: [&str; 6] = ["vfio", "hotplug", "evict", "guest_driver", "
 /// # Errors
 /// If a program cannot be run.
 pub fn run(programs: &[PathBuf], filter: Option<&str>) -> Result<bool> {
-    let (first, second): (Vec<_>, Vec<_>) =
-        programs.iter().partition(|program| !WITH_FUNCTIONS.contains(&&*name(program)));
     let out = Mutex::new(());
-    let lane = |number: usize, programs: Vec<&PathBuf>| -> Result<bool> {
+    let drive = |number: usize| -> Result<bool> {
         let mut passed = true;
-        for program in programs {
-            passed &= go(program, number, filter, &out)?;
+        for program in programs.iter().filter(|program| lane_of(&name(program)) == number) {
+            passed &= go(program, &LANES[number], filter, &out)?;
         }
         Ok(passed)
     };
     thread::scope(|scope| {
-        let other = thread::Builder::new().name("lane".into());
-        let other = other.spawn_scoped(scope, || lane(1, second));
-        let other = other.context(|| "cannot start a thread".into())?;
-        let first = lane(0, first)?;
-        let second = other.join().map_err(|_| Error::Guest("a lane broke".into()))??;
-        Ok(first && second)
+        let drive = &drive;
+        let start = |number| {
+            let thread = thread::Builder::new().name(format!("lane-{number}"));
+            let thread = thread.spawn_scoped(scope, move || drive(number));
+            thread.context(|| "cannot start a thread".into())
+        };
+        let lanes = (0..LANES.len()).map(start).collect::<Result<Vec<_>>>()?;
+        let mut passed = true;
+        for lane in lanes {
+            passed &= lane.join().map_err(|_| Error::Guest("a lane broke".into()))??;
+        }
+        Ok(passed)
     })
 }
 
-/// Runs one program, its guests on one processor; tells whether all its tests passed.
-fn go(program: &Path, processor: usize, filter: Option<&str>, out: &Mutex<()>) -> Result<bool> {
+/// The lane of the program called `name`.
+fn lane_of(name: &str) -> usize {
+    LANES.iter().position(|lane| lane.programs.contains(&name)).unwrap_or(0)
+}
+
+/// Runs one program; tells whether all its tests passed.
+fn go(program: &Path, lane: &Lane, filter: Option<&str>, out: &Mutex<()>) -> Result<bool> {
     let name = name(program);
     let since = Instant::now();
     let mut command = Command::new(program);
     command.args(["--test-threads=1", "--show-output"]).args(filter);
-    command.env(PROCESSOR, processor.to_string()).stdin(Stdio::null()).stdout(Stdio::piped());
+    command.env(PROCESSOR, lane.processor).stdin(Stdio::null()).stdout(Stdio::piped());
+    for (name, function) in ["VF0", "VF1"].iter().zip(lane.functions) {
+        command.env(name, text(function)?);
+    }
     let mut child = command.spawn().context(|| format!("cannot run {}", program.display()))?;
     let mut said = String::new();
     let lines = BufReader::new(child.stdout.take().expect("stdout is piped")).split(b'\n');
