@@ -426,16 +426,16 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
             bytes_sent: before,
         };
         watcher(progress);
-        let ram = custody.guest().ram();
+        let ram = &custody.guest().ram().clone();
         let (untouched, checked) = (progress.round == 1, options.checked);
         let pass = Pass { ram, pages, untouched, checked, pace, cancel };
-        let sent = ram::send::send(peer, lanes, &pass, |sent| {
+        let sent = ram::send::send(peer, lanes, &pass, custody.guest().dirty(), |sent| {
             progress.round_done = sent.pages;
             progress.bytes_sent = before + sent.content;
             watcher(progress);
         });
         self.account(peer);
-        Ok(sent?)
+        sent
     }
 
     fn account(&mut self, peer: &Channel<S>) {

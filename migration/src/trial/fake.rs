@@ -1,5 +1,6 @@
 //! A guest whose vCPU is a thread that writes memory, and the hosts it lives on.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -11,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use crate::compat::{Mismatch, Offer, Profile, Rule, agree};
 use crate::guest::{Arriving, Departing, Host};
 use crate::plan::{Meanwhile, Phase, Plan, Priority, Step, StepFailure};
-use crate::ram::{DirtySet, OwnWrites, PAGE, Ram};
+use crate::ram::{DirtySet, DirtySource, OwnWrites, PAGE, PageBitmap, Ram, Window};
 use crate::report::Device;
 use crate::state::{Saved, StateError, StateReader, StateWriter};
 
@@ -176,6 +177,41 @@ impl Step for FlushRelay {
     fn undo(&mut self) {}
 }
 
+/// A source that remembers every write until it is told to forget it, and starts with all pages,
+/// as KVM's log can.
+struct Ledger {
+    own: OwnWrites,
+    written: PageBitmap,
+    /// Refuses to forget from this call on.
+    fails_at: Option<u32>,
+}
+
+impl DirtySource for Ledger {
+    fn name(&self) -> &'static str {
+        "the ledger"
+    }
+    fn start(&mut self) -> io::Result<()> {
+        self.written = PageBitmap::full(self.own.ram());
+        self.own.start()
+    }
+    fn collect(&mut self, pages: &mut PageBitmap) -> io::Result<()> {
+        self.own.collect(&mut self.written)?;
+        pages.unite(&self.written);
+        Ok(())
+    }
+    fn forget(&mut self, pages: &Window<'_>) -> io::Result<()> {
+        if let Some(left) = &mut self.fails_at {
+            *left = left.checked_sub(1).ok_or(io::ErrorKind::Unsupported)?;
+        }
+        self.own.collect(&mut self.written)?;
+        self.written.subtract(pages);
+        Ok(())
+    }
+    fn stop(&mut self) {
+        self.written.clear();
+    }
+}
+
 pub(super) struct FakeGuest {
     pub(super) ram: Ram,
     vcpu: Vcpu,
@@ -208,6 +244,13 @@ impl FakeGuest {
         }
         world.here.store(true, Ordering::SeqCst);
         Self { ram, vcpu, dirty, plan, devices: vec![], fault }
+    }
+
+    /// Keeps its dirty log until it is forgotten, which fails from the call `fails_at` on.
+    pub(super) fn keep_a_ledger(&mut self, fails_at: Option<u32>) {
+        let (own, written) = (OwnWrites::new(self.ram.clone()), PageBitmap::empty(&self.ram));
+        self.dirty = DirtySet::new();
+        self.dirty.add(Ledger { own, written, fails_at });
     }
 
     /// Lets its vCPU write `pages` pages from `first` on, over and over.

@@ -12,6 +12,7 @@ use crate::error::{Error, Failure, one_line};
 use crate::guest::Departing;
 use crate::patience::{Cancel, Patience};
 use crate::progress::{Progress, Stage, Watch};
+use crate::ram::PageBitmap;
 use crate::record::{NoRecord, Record};
 use crate::report::{Report, Status};
 use crate::source::{Options, send};
@@ -147,9 +148,12 @@ fn checksums_go_with_memory_if_wanted() {
 
 #[test]
 fn a_guest_that_writes_all_the_time_arrives_as_it_was_when_it_stopped() {
-    for pages in [1, 3, 300] {
+    for (pages, ledger) in [(1, false), (3, true), (300, false), (300, true)] {
         let world = Arc::<World>::default();
         let mut guest = FakeGuest::with_memory(&world, Fault::None, 700);
+        if ledger {
+            guest.keep_a_ledger(None);
+        }
         guest.write_all_the_time(300, pages);
         while guest.count() == 41 {
             thread::sleep(Duration::from_millis(1));
@@ -165,6 +169,40 @@ fn a_guest_that_writes_all_the_time_arrives_as_it_was_when_it_stopped() {
         assert!(report.rounds > 3, "{report:?}");
         assert!(!report.converged);
         assert!(tried.guest.count() > 41, "the guest wrote");
+    }
+}
+
+#[test]
+fn a_guest_whose_log_is_cleared_as_its_pages_are_sent_arrives_with_all_it_had() {
+    let world = Arc::<World>::default();
+    let mut guest = FakeGuest::new(&world, Fault::None);
+    guest.keep_a_ledger(None);
+    let host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES };
+    let network = Network::new(Limits::NONE, Some(Limits::NONE));
+    let tried = try_moving(world, guest, host, network, &options());
+    tried.assert_there();
+    let report = tried.sent.unwrap();
+    assert_eq!((report.pages, report.zero_pages, report.rounds), (3, 9, 2), "each page once");
+}
+
+#[test]
+fn a_dirty_log_that_cannot_be_cleared_leaves_the_guest_running() {
+    for fails_at in [0, 1, 2] {
+        let world = Arc::<World>::default();
+        let mut guest = FakeGuest::new(&world, Fault::None);
+        guest.write_all_the_time(0, LOW_PAGES);
+        guest.keep_a_ledger(Some(fails_at));
+        let host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES };
+        let network = Network::new(Limits::NONE, Some(Limits::NONE));
+        let mut options = options();
+        options.policy.downtime_limit = Duration::ZERO;
+        let mut tried = try_moving(world, guest, host, network, &options);
+        assert_eq!(tried.world.runners(), (true, false));
+        let why = "cannot clear the dirty log of the ledger: unsupported";
+        assert_eq!(tried.error(), why);
+        let mut pages = PageBitmap::empty(&tried.guest.ram);
+        tried.guest.dirty().culprit(&mut pages).unwrap();
+        assert!(pages.count() <= LOW_PAGES, "the log was left clean: only new writes are in it");
     }
 }
 
