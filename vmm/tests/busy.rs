@@ -131,6 +131,31 @@ fn a_guest_that_rewrites_memory_all_the_time_arrives_whole() {
 }
 
 #[test]
+fn a_guest_that_writes_too_fast_ends_as_was_wished() {
+    if !usable() {
+        return;
+    }
+    let host = Host(tempfile::tempdir().unwrap());
+    let source = host.busy("64M", 60, 16);
+    let (destination, to) = host.incoming();
+    let line = ["--downtime-limit", "1ms", "--bandwidth-limit", "30M", "--on-no-convergence"];
+
+    let report = host.migrate(&to, &[line.as_slice(), &["fail"]].concat());
+    assert_eq!((&report["status"], &report["outcome"]), (&"failed".into(), &"gave-up".into()));
+    let error = report["error"].as_str().unwrap();
+    assert!(error.contains("--on-no-convergence throttle"), "{error}");
+    source.assert_whole();
+
+    drop(destination);
+    let (destination, to) = host.incoming();
+    let report = host.migrate(&to, &[line.as_slice(), &["throttle"]].concat());
+    assert_eq!(report["status"], "completed", "{report}");
+    assert!(report["throttled_percent"].as_u64().unwrap() >= 20, "{report}");
+    assert!(report["outcome"] == "throttled", "{report}");
+    destination.assert_whole();
+}
+
+#[test]
 fn a_cancelled_migration_leaves_a_dirty_log_behind_that_the_next_can_use() {
     if !usable() {
         return;

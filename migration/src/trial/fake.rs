@@ -1,7 +1,7 @@
 //! A guest whose vCPU is a thread that writes memory, and the hosts it lives on.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -88,23 +88,27 @@ impl Saved for CounterV1 {
     const VERSION: u16 = 1;
 }
 
+/// Between two writes of a vCPU, at least.
+const STEP: Duration = Duration::from_micros(20);
+
 /// A vCPU: while it runs, it counts and writes the count all over a part of memory.
 pub(super) struct Vcpu {
     running: Arc<Mutex<bool>>,
     count: Arc<AtomicU64>,
+    throttle: Arc<AtomicU8>,
     thread: Option<(JoinHandle<()>, Arc<AtomicBool>)>,
 }
 
 impl Vcpu {
     fn new(count: u64) -> Self {
         let (running, count) = (Arc::new(Mutex::new(true)), Arc::new(AtomicU64::new(count)));
-        Self { running, count, thread: None }
+        Self { running, count, throttle: Arc::default(), thread: None }
     }
 
     fn start(&mut self, ram: &Ram, first: u64, pages: u64) {
         let (running, count) = (self.running.clone(), self.count.clone());
         let (ram, quit) = (ram.clone(), Arc::new(AtomicBool::new(false)));
-        let quits = quit.clone();
+        let (quits, throttle) = (quit.clone(), self.throttle.clone());
         let work = move || {
             while !quits.load(Ordering::Relaxed) {
                 let runs = running.lock().unwrap();
@@ -114,7 +118,9 @@ impl Vcpu {
                     ram.write_obj(next, GuestAddress(address)).unwrap();
                 }
                 drop(runs);
-                thread::sleep(Duration::from_micros(20));
+                let percent = u32::from(throttle.load(Ordering::Relaxed));
+                thread::sleep(STEP * percent / (100 - percent));
+                thread::sleep(STEP);
             }
         };
         self.thread = Some((thread::Builder::new().spawn(work).unwrap(), quit));
@@ -258,6 +264,11 @@ impl FakeGuest {
         self.vcpu.start(&self.ram, first, pages);
     }
 
+    /// For how much of the time its vCPU is kept from running.
+    pub(super) fn throttled(&self) -> u8 {
+        self.vcpu.throttle.load(Ordering::Relaxed)
+    }
+
     pub(super) fn count(&self) -> u64 {
         self.vcpu.count.load(Ordering::Relaxed)
     }
@@ -276,6 +287,9 @@ impl Departing for FakeGuest {
     }
     fn dirty(&mut self) -> &mut DirtySet {
         &mut self.dirty
+    }
+    fn throttle(&mut self, percent: u8) {
+        self.vcpu.throttle.store(percent, Ordering::Relaxed);
     }
     fn plan(&mut self) -> &mut Plan {
         &mut self.plan
