@@ -3,6 +3,7 @@
 use std::error;
 use std::fmt;
 use std::io;
+use std::time::Duration;
 
 use crate::answering::Answering;
 use crate::compat::Mismatch;
@@ -12,6 +13,8 @@ use crate::ram::DirtyError;
 use crate::report::{Report, Status};
 use crate::state::StateError;
 use crate::wire::PeerError;
+
+const MIB: f64 = 1048576.0;
 
 /// Why a migration stopped.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +44,21 @@ pub enum Error {
     /// Nobody knows what the guest wrote.
     #[error(transparent)]
     Dirty(#[from] DirtyError),
+    /// The guest writes faster than the connection carries, and was not to be moved at that price.
+    #[error(
+        "the guest writes {:.0} MiB of memory per second and would have to stand still for \
+         {:.1?}, more than {limit:?}: allow it to be slowed down (--on-no-convergence throttle) or \
+         stopped for longer (stop, or a larger --downtime-limit)",
+        dirtied / MIB, stop
+    )]
+    NoConvergence {
+        /// Bytes per second that became dirty, each page counted once in a pass.
+        dirtied: f64,
+        /// How long it would have stood still.
+        stop: Duration,
+        /// How long it may.
+        limit: Duration,
+    },
     /// The state could not be saved or loaded.
     #[error("cannot move the state of the machine")]
     State(#[from] StateError),

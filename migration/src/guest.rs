@@ -22,6 +22,10 @@ pub trait Departing {
     /// Everyone who can write its memory.
     fn dirty(&mut self) -> &mut DirtySet;
 
+    /// Keeps its vCPUs from running for `percent` of the time, at most 99, from now on; 0 lets them
+    /// run freely again. Quick, and does nothing to vCPUs that stand still.
+    fn throttle(&mut self, percent: u8);
+
     /// How it is brought to a stop, and back. Its steps at [`Priority::VCPUS`] stop the vCPUs, and
     /// run them again when undone.
     ///

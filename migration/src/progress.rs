@@ -32,6 +32,8 @@ pub struct Progress {
     pub round_done: u64,
     /// Bytes on the wire so far.
     pub bytes_sent: u64,
+    /// For how much of the time the vCPUs are kept from running, in percent.
+    pub throttled_percent: u8,
 }
 
 /// Who watches a migration, may stop it, and writes its decisions down.

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::policy::Outcome;
+
 /// How it ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -49,8 +51,10 @@ pub struct Report {
     pub streams: u8,
     /// Passes over memory, the last one included.
     pub rounds: u32,
-    /// Whether so little was left before the last pass that the downtime limit could be kept.
-    pub converged: bool,
+    /// How the copying ended while the guest ran; none if it never came to that.
+    pub outcome: Option<Outcome>,
+    /// For how much of the time the vCPUs were kept from running, in percent, when it was most.
+    pub throttled_percent: u8,
     /// Bytes on the wire, of memory and of everything else.
     pub bytes_sent: u64,
     /// `bytes_sent` over the time spent copying, in MiB per second.

@@ -16,7 +16,7 @@ use crate::guest::Departing;
 use crate::handover::{Giving, Token, Verdict};
 use crate::patience::{Cancel, Patience, TICK};
 use crate::plan::{Entered, Phase, StepFailure};
-use crate::policy::{Decision, Policy};
+use crate::policy::{Decision, NoConvergence, Outcome, Policy, Seen};
 use crate::progress::{Progress, Stage, Watch};
 use crate::ram::send::Pass;
 use crate::ram::{self, PAGE, PageBitmap};
@@ -50,7 +50,11 @@ impl Default for Options {
         let downtime_limit = Duration::from_millis(300);
         Self {
             dry_run: false,
-            policy: Policy { downtime_limit, max_rounds: 30 },
+            policy: Policy {
+                downtime_limit,
+                max_rounds: 30,
+                on_no_convergence: NoConvergence::default(),
+            },
             bandwidth_limit: None,
             streams: 1,
             checked: false,
@@ -198,6 +202,8 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         let mut pages = left;
         self.show(peer, Stage::Releasing);
         loop {
+            // Who is asked for something must be able to answer.
+            self.throttle(0);
             match self.enter_next(peer, Phase::Release)? {
                 Entered::None => return Ok(pages),
                 Entered::Quickly => {}
@@ -217,8 +223,9 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         mut pages: PageBitmap,
     ) -> Result<PageBitmap, Error> {
         let pace = Mutex::new(Pace::new(self.options.bandwidth_limit));
-        let mut left = Vec::new();
+        let mut seen = Vec::new();
         loop {
+            let (start, sent) = (Instant::now(), pages.count() * PAGE);
             self.pass(peer, &pages, &pace, Stage::Copying)?;
             self.lanes.tell(|_| Message::RoundEnd)?;
             peer.send(&Message::RoundEnd)?;
@@ -229,15 +236,46 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
             pages.clear();
             let guest = self.custody.guest();
             guest.dirty().collect(&mut pages)?;
-            left.push(pages.count() * PAGE);
-            let rate = self.lanes.carried(peer).rate;
-            let decision = self.options.policy.decide(&left, rate, guest.state_size());
-            tracing::debug!(round = left.len(), left = left.last(), ?decision, "pass done");
-            if let Decision::SwitchOver { converged } = decision {
-                self.report.converged = converged;
+            let state = guest.state_size();
+            let (left, throttled) = (pages.count() * PAGE, self.progress.throttled_percent);
+            seen.push(Seen { pages: sent, left, took: start.elapsed(), throttled });
+            if self.is_enough(&seen, self.lanes.carried(peer).rate, state)? {
                 return Ok(pages);
             }
         }
+    }
+
+    /// Does what the policy says after the passes that were `seen`: whether they were the last.
+    fn is_enough(&mut self, seen: &[Seen], rate: Option<f64>, state: u64) -> Result<bool, Error> {
+        let policy = &self.options.policy;
+        let decision = policy.decide(seen, rate, state);
+        tracing::debug!(seen = ?seen.last(), rate, state, ?decision, "pass done");
+        self.report.outcome = match decision {
+            Decision::Continue => None,
+            Decision::Throttle(percent) => {
+                self.throttle(percent);
+                None
+            }
+            Decision::SwitchOver { converged: false } => Some(Outcome::Forced),
+            Decision::SwitchOver { .. } if self.progress.throttled_percent > 0 => {
+                Some(Outcome::Throttled)
+            }
+            Decision::SwitchOver { .. } => Some(Outcome::Converged),
+            Decision::GiveUp => {
+                self.report.outcome = Some(Outcome::GaveUp);
+                let dirtied = seen.last().map_or(0.0, Seen::dirtied);
+                let stop = policy.stop_for(seen, rate, state);
+                return Err(Error::NoConvergence { dirtied, stop, limit: policy.downtime_limit });
+            }
+        };
+        Ok(self.report.outcome.is_some())
+    }
+
+    /// Keeps the vCPUs from running for `percent` of the time.
+    fn throttle(&mut self, percent: u8) {
+        self.custody.guest().throttle(percent);
+        self.progress.throttled_percent = percent;
+        self.report.throttled_percent = self.report.throttled_percent.max(percent);
     }
 
     /// From running to perfectly still.
@@ -424,18 +462,19 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
             round_bytes: pages.count() * PAGE,
             round_done: 0,
             bytes_sent: before,
+            ..*progress
         };
         watcher(progress);
-        let ram = custody.guest().ram();
+        let ram = &custody.guest().ram().clone();
         let (untouched, checked) = (progress.round == 1, options.checked);
         let pass = Pass { ram, pages, untouched, checked, pace, cancel };
-        let sent = ram::send::send(peer, lanes, &pass, |sent| {
+        let sent = ram::send::send(peer, lanes, &pass, custody.guest().dirty(), |sent| {
             progress.round_done = sent.pages;
             progress.bytes_sent = before + sent.content;
             watcher(progress);
         });
         self.account(peer);
-        Ok(sent?)
+        sent
     }
 
     fn account(&mut self, peer: &Channel<S>) {

@@ -3,12 +3,17 @@
 use std::io;
 use std::sync::Arc;
 
-use migration::ram::{DirtySource, PageBitmap};
+use migration::ram::{DirtySource, PAGE, PageBitmap, Ram, Window};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::kvm::Vm;
 
+type GuestRegion = <Ram as GuestMemoryBackend>::R;
+
 /// KVM's dirty log of a machine's whole RAM.
+///
+/// Where the kernel can, reading it clears nothing: a page is cleared when it is about to be sent,
+/// and none is protected from writes before.
 pub(crate) struct KvmLog {
     vm: Arc<Vm>,
 }
@@ -35,6 +40,21 @@ impl DirtySource for KvmLog {
             pages.merge(region.start_addr(), &words)?;
         }
         Ok(())
+    }
+
+    fn forget(&mut self, pages: &Window<'_>) -> io::Result<()> {
+        if !self.vm.clears_dirty_log() {
+            return Ok(()); // it was cleared when it was read
+        }
+        let holds = |(_, region): &(u32, &GuestRegion)| {
+            let offset = pages.start.0.checked_sub(region.start_addr().0);
+            offset.is_some_and(|offset| offset < region.len())
+        };
+        let (slot, region) =
+            (0..).zip(self.vm.ram().iter()).find(holds).ok_or(io::ErrorKind::InvalidInput)?;
+        let first = (pages.start.0 - region.start_addr().0) / PAGE;
+        let cleared = self.vm.clear_dirty_log(slot, first, pages.pages, pages.words);
+        cleared.map_err(io::Error::other)
     }
 
     fn stop(&mut self) {

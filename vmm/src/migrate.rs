@@ -186,6 +186,7 @@ fn options(request: &MigrateRequest) -> Options {
         ..Options::default()
     };
     options.policy.downtime_limit = Duration::from_millis(request.downtime_limit_ms);
+    options.policy.on_no_convergence = request.on_no_convergence;
     options
 }
 
@@ -298,7 +299,8 @@ fn tell(report: &Report) -> MigrationReport {
         downtime_ms,
         streams,
         rounds,
-        converged,
+        outcome,
+        throttled_percent,
         bytes_sent,
         throughput_mib_s,
         pages,
@@ -328,7 +330,8 @@ fn tell(report: &Report) -> MigrationReport {
             })
             .collect(),
         more: BTreeMap::from([
-            ("converged".to_owned(), (*converged).into()),
+            ("outcome".to_owned(), serde_json::json!(outcome)),
+            ("throttled_percent".to_owned(), (*throttled_percent).into()),
             ("streams".to_owned(), (*streams).into()),
             ("pages".to_owned(), (*pages).into()),
             ("zero_pages".to_owned(), (*zero_pages).into()),

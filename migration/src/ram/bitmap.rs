@@ -17,6 +17,20 @@ pub struct Run {
     pub len: u64,
 }
 
+/// A part of the pages of one region: bit n of word m is page 64 m + n from `start` on.
+///
+/// The page at `start` is a multiple of 64 pages into its region, and so is the page behind the
+/// part, unless the region ends there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window<'a> {
+    /// Guest-physical address of the first page.
+    pub start: GuestAddress,
+    /// How many pages the part has, in the set or not.
+    pub pages: usize,
+    /// Which of them are in the set; bits past the last page are clear.
+    pub words: &'a [u64],
+}
+
 /// A set of the pages of a [`Ram`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageBitmap {
@@ -104,6 +118,14 @@ impl PageBitmap {
         }
     }
 
+    /// Removes what is in `window`, of the same memory.
+    pub fn subtract(&mut self, window: &Window<'_>) {
+        if let Some((region, first)) = self.find(window.start) {
+            let words = region.words.iter_mut().skip(first / WORD);
+            words.zip(window.words).for_each(|(word, remove)| *word &= !remove);
+        }
+    }
+
     /// Removes all pages.
     pub fn clear(&mut self) {
         self.regions.iter_mut().for_each(|region| region.words.fill(0));
@@ -123,7 +145,25 @@ impl PageBitmap {
 
     /// Its pages as the fewest runs, in order of address.
     pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
-        self.regions.iter().flat_map(Region::runs)
+        self.regions.iter().flat_map(|region| region.whole().runs())
+    }
+
+    /// Its pages by parts of at most `pages` pages, a multiple of 64, in order of address; parts
+    /// without a page in the set are left out.
+    ///
+    /// # Panics
+    /// If `pages` is no multiple of 64.
+    pub fn windows(&self, pages: usize) -> impl Iterator<Item = Window<'_>> {
+        assert!(pages > 0 && pages.is_multiple_of(WORD), "windows are made of whole words");
+        let parts = self.regions.iter().flat_map(move |region| {
+            let parts = (0..).step_by(pages).zip(region.words.chunks(pages / WORD));
+            parts.map(move |(first, words)| Window {
+                start: GuestAddress(region.start + first as u64 * PAGE),
+                pages: pages.min(region.pages - first),
+                words,
+            })
+        });
+        parts.filter(|part| part.words.iter().any(|&word| word != 0))
     }
 
     fn words(&self) -> impl Iterator<Item = u64> + '_ {
@@ -150,13 +190,20 @@ impl Region {
         }
     }
 
-    fn runs(&self) -> impl Iterator<Item = Run> + '_ {
+    fn whole(&self) -> Window<'_> {
+        Window { start: GuestAddress(self.start), pages: self.pages, words: &self.words }
+    }
+}
+
+impl<'a> Window<'a> {
+    /// Its pages in the set as the fewest runs, in order of address.
+    pub fn runs(self) -> impl Iterator<Item = Run> + 'a {
         let mut next = 0;
         std::iter::from_fn(move || {
             let first = self.seek(next, true);
             next = self.seek(first, false);
             let run = Run {
-                start: GuestAddress(self.start + first as u64 * PAGE),
+                start: GuestAddress(self.start.0 + first as u64 * PAGE),
                 len: (next - first) as u64 * PAGE,
             };
             (first < self.pages).then_some(run)
@@ -262,6 +309,32 @@ mod tests {
             for pair in runs.windows(2) {
                 prop_assert!(pair[0].start.0 + pair[0].len < pair[1].start.0);
             }
+        }
+
+        #[test]
+        fn windows_hold_every_page_once(words in any::<[u64; 4]>(), size in 1..6usize) {
+            let mut bitmap = PageBitmap::empty(&ram());
+            bitmap.merge(GuestAddress(LOW), &words).unwrap();
+            bitmap.merge(GuestAddress(HIGH), &words).unwrap();
+            let mut again = PageBitmap::empty(&ram());
+            let mut end = 0;
+            for window in bitmap.windows(size * 64) {
+                prop_assert!(window.start.0 >= end);
+                end = window.start.0 + window.pages as u64 * PAGE;
+                prop_assert!(window.pages <= size * 64 && window.words.len() <= size);
+                let last = [LOW + 70 * PAGE, HIGH + 200 * PAGE].contains(&end);
+                prop_assert!(last || window.pages == size * 64);
+                let base = if window.start.0 < HIGH { LOW } else { HIGH };
+                prop_assert_eq!((window.start.0 - base) % (64 * PAGE), 0);
+                again.merge(window.start, window.words).unwrap();
+                let runs: u64 = window.runs().map(|run| run.len / PAGE).sum();
+                prop_assert!(runs > 0, "an empty part is left out");
+            }
+            prop_assert_eq!(&again, &bitmap);
+            for window in bitmap.windows(size * 64) {
+                again.subtract(&window);
+            }
+            prop_assert!(again.is_empty());
         }
 
         #[test]

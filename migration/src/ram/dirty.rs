@@ -5,14 +5,14 @@ use std::io;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
-use super::{PageBitmap, Ram, Run};
+use super::{PageBitmap, Ram, Run, Window};
 
 /// One of those that can write guest memory, and remembers where it did.
 pub trait DirtySource: Send {
     /// What writes, for plans and errors: `kvm`, `own writes`.
     fn name(&self) -> &str;
 
-    /// Starts to remember. What was written before does not count.
+    /// Starts to remember. What was written before does not count, and may be reported.
     fn start(&mut self) -> io::Result<()>;
 
     /// Adds to `pages` every page written since the previous call, or since the start.
@@ -20,6 +20,17 @@ pub trait DirtySource: Send {
     /// A page may be reported that did not change. A page that changed must be reported, and one
     /// that changes from now on is for the next call.
     fn collect(&mut self, pages: &mut PageBitmap) -> io::Result<()>;
+
+    /// Forgets the writes to `pages`, which are read next; writes from now on are for the next
+    /// `collect`.
+    ///
+    /// A source that `collect` makes forget, as most do, has nothing to do here. One that does not
+    /// saves that time there, and a page that is written once more before it is read is not sent
+    /// twice. What is not in the set is not forgotten.
+    fn forget(&mut self, pages: &Window<'_>) -> io::Result<()> {
+        let _ = pages;
+        Ok(())
+    }
 
     /// Stops to remember. Called also where `start` failed or never ran.
     fn stop(&mut self);
@@ -71,6 +82,11 @@ impl DirtySet {
         self.each("read the dirty log", |source| source.collect(pages))
     }
 
+    /// Has every source forget the writes to `pages`, which are read next.
+    pub fn forget(&mut self, pages: &Window<'_>) -> Result<(), DirtyError> {
+        self.each("clear the dirty log", |source| source.forget(pages))
+    }
+
     /// Collects into `pages`, which must be empty, and tells who reported the first page if any.
     pub fn culprit(&mut self, pages: &mut PageBitmap) -> Result<Option<(String, Run)>, DirtyError> {
         let mut culprit = None;
@@ -115,6 +131,12 @@ impl OwnWrites {
     #[must_use]
     pub fn new(ram: Ram) -> Self {
         Self { ram }
+    }
+
+    /// Whose writes these are.
+    #[cfg(test)]
+    pub(crate) fn ram(&self) -> &Ram {
+        &self.ram
     }
 }
 

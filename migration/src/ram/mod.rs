@@ -8,7 +8,7 @@ pub(crate) mod send;
 
 use std::fs::File;
 
-pub use bitmap::{PageBitmap, Run};
+pub use bitmap::{PageBitmap, Run, Window};
 pub use dirty::{DirtyError, DirtySet, DirtySource, OwnWrites};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};

@@ -1,7 +1,8 @@
 //! Pages to frames: long runs as large frames, zero pages as a word about them.
 //!
 //! All connections take from one queue of pages, in order of address, so that each always has
-//! something to send and none more than it can.
+//! something to send and none more than it can. The queue has the dirty sources forget a window of
+//! pages when the first of them is taken: what is written after that is for the next pass.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -10,7 +11,8 @@ use std::thread::{Builder, scope};
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-use super::{PAGE, PAGE_BYTES, PageBitmap, Ram, Run, holes};
+use super::{DirtySet, PAGE, PAGE_BYTES, PageBitmap, Ram, Run, Window, holes};
+use crate::error::Error;
 use crate::patience::Cancel;
 use crate::wire::{Channel, FRAME_LIMIT, Lanes, Pace, PeerError, Stream, culprit};
 
@@ -18,6 +20,9 @@ use crate::wire::{Channel, FRAME_LIMIT, Lanes, Pace, PeerError, Stream, culprit}
 const GLANCE: usize = 512;
 /// The most pieces that are taken from the queue at once.
 const PIECES: usize = 64;
+/// Pages that are forgotten in one go: 16 MiB. Each window may cost a call into the kernel that
+/// interrupts all vCPUs; and what is written between that call and the sending is sent twice.
+const WINDOW: usize = 4096;
 
 /// A pass over memory.
 pub(crate) struct Pass<'a> {
@@ -50,20 +55,25 @@ struct Shared<'a, I> {
     broken: Cancel,
 }
 
-/// Sends a pass over `peer` and as many of `lanes` as it is worth. Calls `told` now and then.
+/// Sends a pass over `peer` and as many of `lanes` as it is worth; `dirty` forgets its pages just
+/// before they are read. Calls `told` now and then.
 pub(crate) fn send<S: Stream>(
     peer: &mut Channel<S>,
     lanes: &mut Lanes<S>,
     pass: &Pass<'_>,
+    dirty: &mut DirtySet,
     mut told: impl FnMut(Sent),
-) -> Result<(), PeerError> {
+) -> Result<(), Error> {
+    let mut unknown = None;
+    let forget =
+        |window: &Window<'_>| dirty.forget(window).map_err(|error| unknown = Some(error)).is_ok();
     let streams = 1 + lanes.iter_mut().len() as u64;
     let most = lock(pass.pace)
         .fair_share(streams)
         .map_or(FRAME_LIMIT, |share| (share / PAGE * PAGE).clamp(PAGE, FRAME_LIMIT));
     let shared = Shared {
         pass,
-        queue: Mutex::new(pieces(pass, most)),
+        queue: Mutex::new(pieces(pass, most, forget)),
         pages: AtomicU64::new(0),
         content: AtomicU64::new(0),
         broken: lanes.broken.clone(),
@@ -83,7 +93,8 @@ pub(crate) fn send<S: Stream>(
         culprit([own].into_iter().chain(others)).map(drop)
     })?;
     told(shared.sent());
-    Ok(())
+    drop(shared);
+    unknown.map_or(Ok(()), |error| Err(error.into()))
 }
 
 impl<I: Iterator<Item = (Run, bool)>> Shared<'_, I> {
@@ -155,10 +166,16 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// What there is to send, in pieces of at most `most` bytes that were touched, and of any size that
-/// were not.
-fn pieces<'a>(pass: &Pass<'a>, most: u64) -> impl Iterator<Item = (Run, bool)> + 'a {
+/// were not. Ends early where `forget` fails, which is called before anything is known of a window:
+/// a page that is a hole now may be written to in a moment.
+fn pieces<'a>(
+    pass: &Pass<'a>,
+    most: u64,
+    forget: impl FnMut(&Window<'a>) -> bool + 'a,
+) -> impl Iterator<Item = (Run, bool)> + 'a {
     let (ram, untouched) = (pass.ram, pass.untouched);
-    let parts = pass.pages.runs().flat_map(move |run| {
+    let windows = pass.pages.windows(WINDOW).take_while(forget);
+    let parts = windows.flat_map(Window::runs).flat_map(move |run| {
         let (known, unknown) = if untouched { (None, Some(run)) } else { (Some(run), None) };
         let parts = unknown.into_iter().flat_map(|run| holes::parts(ram, run));
         known.into_iter().map(|run| (run, true)).chain(parts)
@@ -206,7 +223,8 @@ fn is_zero<B: BitmapSlice>(memory: &VolatileSlice<'_, B>, at: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::Bytes;
+    use rustix::fs::{MemfdFlags, memfd_create};
+    use vm_memory::{Bytes, FileOffset};
 
     use super::*;
 
@@ -226,6 +244,70 @@ mod tests {
         ram.write_obj(1u8, GuestAddress(6 * PAGE - 1)).unwrap();
         let expected = [(0, 1, false), (1, 2, true), (2, 4, false), (4, 5, true), (5, 6, false)];
         assert_eq!(divided(&ram), expected);
+    }
+
+    /// Two windows and a bit of memory that nobody ever touched.
+    fn untouched_ram() -> Ram {
+        let file = std::fs::File::from(memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
+        let size = (2 * WINDOW + 70) * PAGE_BYTES;
+        file.set_len(size as u64).unwrap();
+        let region = (GuestAddress(0), size, Some(FileOffset::new(file, 0)));
+        Ram::from_ranges_with_files([region]).unwrap()
+    }
+
+    fn pass_of<'a>(
+        ram: &'a Ram,
+        pages: &'a PageBitmap,
+        free: &'a (Mutex<Pace>, Cancel),
+    ) -> Pass<'a> {
+        Pass { ram, pages, untouched: true, checked: false, pace: &free.0, cancel: &free.1 }
+    }
+
+    fn free() -> (Mutex<Pace>, Cancel) {
+        (Mutex::new(Pace::new(None)), Cancel::new())
+    }
+
+    #[test]
+    fn a_page_that_is_written_just_before_it_is_forgotten_is_sent() {
+        let (ram, free) = (untouched_ram(), free());
+        let all = PageBitmap::full(&ram);
+        let write = |window: &Window<'_>| {
+            let page = GuestAddress(window.start.0 + 9 * PAGE);
+            ram.write_obj(1u8, page).is_ok()
+        };
+        let pieces = pieces(&pass_of(&ram, &all, &free), FRAME_LIMIT, write);
+        let sent = pieces.filter_map(|(run, touched)| touched.then_some(run.start.0 / PAGE));
+        let window = WINDOW as u64;
+        assert_eq!(sent.collect::<Vec<_>>(), [9, window + 9, 2 * window + 9]);
+    }
+
+    #[test]
+    fn what_is_not_sent_is_not_forgotten() {
+        let (ram, free) = (untouched_ram(), free());
+        let mut some = PageBitmap::empty(&ram);
+        for (first, pages) in [(3, 2), (64, 1), (5000, 4000), (8260, 1)] {
+            some.insert(GuestAddress(first * PAGE), pages * PAGE);
+        }
+        let mut forgotten = PageBitmap::empty(&ram);
+        let forget = |window: &Window<'_>| forgotten.merge(window.start, window.words).is_ok();
+        let sent: u64 = pieces(&pass_of(&ram, &some, &free), FRAME_LIMIT, forget)
+            .map(|(run, _)| run.len / PAGE)
+            .sum();
+        assert_eq!(sent, some.count());
+        assert_eq!(forgotten, some);
+    }
+
+    #[test]
+    fn nothing_is_sent_that_could_not_be_forgotten() {
+        let (ram, free) = (untouched_ram(), free());
+        let all = PageBitmap::full(&ram);
+        let mut calls = 0;
+        let fail = |_: &Window<'_>| {
+            calls += 1;
+            calls < 2
+        };
+        let sent = pieces(&pass_of(&ram, &all, &free), FRAME_LIMIT, fail);
+        assert_eq!(sent.map(|(run, _)| run.len).sum::<u64>(), WINDOW as u64 * PAGE);
     }
 
     #[test]

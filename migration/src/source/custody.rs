@@ -50,6 +50,7 @@ impl<'a, G: Departing> Custody<'a, G> {
 impl<G: Departing> Drop for Custody<'_, G> {
     fn drop(&mut self) {
         self.guest.dirty().stop();
+        self.guest.throttle(0);
         if self.handover.as_ref().is_none_or(|handover| handover.state().may_run()) {
             self.guest.plan().undo();
         }

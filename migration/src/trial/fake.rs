@@ -1,6 +1,7 @@
 //! A guest whose vCPU is a thread that writes memory, and the hosts it lives on.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -11,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use crate::compat::{Mismatch, Offer, Profile, Rule, agree};
 use crate::guest::{Arriving, Departing, Host};
 use crate::plan::{Meanwhile, Phase, Plan, Priority, Step, StepFailure};
-use crate::ram::{DirtySet, OwnWrites, PAGE, Ram};
+use crate::ram::{DirtySet, DirtySource, OwnWrites, PAGE, PageBitmap, Ram, Window};
 use crate::report::Device;
 use crate::state::{Saved, StateError, StateReader, StateWriter};
 
@@ -87,23 +88,27 @@ impl Saved for CounterV1 {
     const VERSION: u16 = 1;
 }
 
+/// Between two writes of a vCPU, at least.
+const STEP: Duration = Duration::from_micros(20);
+
 /// A vCPU: while it runs, it counts and writes the count all over a part of memory.
 pub(super) struct Vcpu {
     running: Arc<Mutex<bool>>,
     count: Arc<AtomicU64>,
+    throttle: Arc<AtomicU8>,
     thread: Option<(JoinHandle<()>, Arc<AtomicBool>)>,
 }
 
 impl Vcpu {
     fn new(count: u64) -> Self {
         let (running, count) = (Arc::new(Mutex::new(true)), Arc::new(AtomicU64::new(count)));
-        Self { running, count, thread: None }
+        Self { running, count, throttle: Arc::default(), thread: None }
     }
 
     fn start(&mut self, ram: &Ram, first: u64, pages: u64) {
         let (running, count) = (self.running.clone(), self.count.clone());
         let (ram, quit) = (ram.clone(), Arc::new(AtomicBool::new(false)));
-        let quits = quit.clone();
+        let (quits, throttle) = (quit.clone(), self.throttle.clone());
         let work = move || {
             while !quits.load(Ordering::Relaxed) {
                 let runs = running.lock().unwrap();
@@ -113,7 +118,9 @@ impl Vcpu {
                     ram.write_obj(next, GuestAddress(address)).unwrap();
                 }
                 drop(runs);
-                thread::sleep(Duration::from_micros(20));
+                let percent = u32::from(throttle.load(Ordering::Relaxed));
+                thread::sleep(STEP * percent / (100 - percent));
+                thread::sleep(STEP);
             }
         };
         self.thread = Some((thread::Builder::new().spawn(work).unwrap(), quit));
@@ -176,6 +183,41 @@ impl Step for FlushRelay {
     fn undo(&mut self) {}
 }
 
+/// A source that remembers every write until it is told to forget it, and starts with all pages,
+/// as KVM's log can.
+struct Ledger {
+    own: OwnWrites,
+    written: PageBitmap,
+    /// Refuses to forget from this call on.
+    fails_at: Option<u32>,
+}
+
+impl DirtySource for Ledger {
+    fn name(&self) -> &'static str {
+        "the ledger"
+    }
+    fn start(&mut self) -> io::Result<()> {
+        self.written = PageBitmap::full(self.own.ram());
+        self.own.start()
+    }
+    fn collect(&mut self, pages: &mut PageBitmap) -> io::Result<()> {
+        self.own.collect(&mut self.written)?;
+        pages.unite(&self.written);
+        Ok(())
+    }
+    fn forget(&mut self, pages: &Window<'_>) -> io::Result<()> {
+        if let Some(left) = &mut self.fails_at {
+            *left = left.checked_sub(1).ok_or(io::ErrorKind::Unsupported)?;
+        }
+        self.own.collect(&mut self.written)?;
+        self.written.subtract(pages);
+        Ok(())
+    }
+    fn stop(&mut self) {
+        self.written.clear();
+    }
+}
+
 pub(super) struct FakeGuest {
     pub(super) ram: Ram,
     vcpu: Vcpu,
@@ -210,9 +252,21 @@ impl FakeGuest {
         Self { ram, vcpu, dirty, plan, devices: vec![], fault }
     }
 
+    /// Keeps its dirty log until it is forgotten, which fails from the call `fails_at` on.
+    pub(super) fn keep_a_ledger(&mut self, fails_at: Option<u32>) {
+        let (own, written) = (OwnWrites::new(self.ram.clone()), PageBitmap::empty(&self.ram));
+        self.dirty = DirtySet::new();
+        self.dirty.add(Ledger { own, written, fails_at });
+    }
+
     /// Lets its vCPU write `pages` pages from `first` on, over and over.
     pub(super) fn write_all_the_time(&mut self, first: u64, pages: u64) {
         self.vcpu.start(&self.ram, first, pages);
+    }
+
+    /// For how much of the time its vCPU is kept from running.
+    pub(super) fn throttled(&self) -> u8 {
+        self.vcpu.throttle.load(Ordering::Relaxed)
     }
 
     pub(super) fn count(&self) -> u64 {
@@ -233,6 +287,9 @@ impl Departing for FakeGuest {
     }
     fn dirty(&mut self) -> &mut DirtySet {
         &mut self.dirty
+    }
+    fn throttle(&mut self, percent: u8) {
+        self.vcpu.throttle.store(percent, Ordering::Relaxed);
     }
     fn plan(&mut self) -> &mut Plan {
         &mut self.plan

@@ -11,7 +11,9 @@ use crate::destination::{Arrived, receive};
 use crate::error::{Error, Failure, one_line};
 use crate::guest::Departing;
 use crate::patience::{Cancel, Patience};
+use crate::policy::{NoConvergence, Outcome};
 use crate::progress::{Progress, Stage, Watch};
+use crate::ram::PageBitmap;
 use crate::record::{NoRecord, Record};
 use crate::report::{Report, Status};
 use crate::source::{Options, send};
@@ -127,7 +129,7 @@ fn a_guest_arrives_with_all_it_had() {
     tried.assert_there();
     let report = tried.sent.as_ref().unwrap();
     assert_eq!(report.status, Status::Completed);
-    assert!(report.converged);
+    assert_eq!((report.outcome, report.throttled_percent), (Some(Outcome::Converged), 0));
     assert_eq!((report.pages, report.zero_pages), (3, 9));
     assert_eq!(report.rounds, 2);
     let arrived = tried.arrived.unwrap();
@@ -147,9 +149,12 @@ fn checksums_go_with_memory_if_wanted() {
 
 #[test]
 fn a_guest_that_writes_all_the_time_arrives_as_it_was_when_it_stopped() {
-    for pages in [1, 3, 300] {
+    for (pages, ledger) in [(1, false), (3, true), (300, false), (300, true)] {
         let world = Arc::<World>::default();
         let mut guest = FakeGuest::with_memory(&world, Fault::None, 700);
+        if ledger {
+            guest.keep_a_ledger(None);
+        }
         guest.write_all_the_time(300, pages);
         while guest.count() == 41 {
             thread::sleep(Duration::from_millis(1));
@@ -163,9 +168,118 @@ fn a_guest_that_writes_all_the_time_arrives_as_it_was_when_it_stopped() {
         tried.assert_there();
         let report = tried.sent.as_ref().unwrap();
         assert!(report.rounds > 3, "{report:?}");
-        assert!(!report.converged);
+        assert_eq!(report.outcome, Some(Outcome::Forced));
         assert!(tried.guest.count() > 41, "the guest wrote");
     }
+}
+
+#[test]
+fn a_guest_whose_log_is_cleared_as_its_pages_are_sent_arrives_with_all_it_had() {
+    let world = Arc::<World>::default();
+    let mut guest = FakeGuest::new(&world, Fault::None);
+    guest.keep_a_ledger(None);
+    let host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES };
+    let network = Network::new(Limits::NONE, Some(Limits::NONE));
+    let tried = try_moving(world, guest, host, network, &options());
+    tried.assert_there();
+    let report = tried.sent.unwrap();
+    assert_eq!((report.pages, report.zero_pages, report.rounds), (3, 9, 2), "each page once");
+}
+
+#[test]
+fn a_dirty_log_that_cannot_be_cleared_leaves_the_guest_running() {
+    for fails_at in [0, 1, 2] {
+        let world = Arc::<World>::default();
+        let mut guest = FakeGuest::new(&world, Fault::None);
+        guest.write_all_the_time(0, LOW_PAGES);
+        guest.keep_a_ledger(Some(fails_at));
+        let host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES };
+        let network = Network::new(Limits::NONE, Some(Limits::NONE));
+        let mut options = options();
+        options.policy.downtime_limit = Duration::ZERO;
+        let mut tried = try_moving(world, guest, host, network, &options);
+        assert_eq!(tried.world.runners(), (true, false));
+        let why = "cannot clear the dirty log of the ledger: unsupported";
+        assert_eq!(tried.error(), why);
+        let mut pages = PageBitmap::empty(&tried.guest.ram);
+        tried.guest.dirty().culprit(&mut pages).unwrap();
+        assert!(pages.count() <= LOW_PAGES, "the log was left clean: only new writes are in it");
+    }
+}
+
+/// A guest that writes a MiB over and over.
+fn busy_guest(world: &Arc<World>) -> FakeGuest {
+    let mut guest = FakeGuest::with_memory(world, Fault::None, 700);
+    guest.write_all_the_time(300, 256);
+    guest
+}
+
+/// To send memory more slowly than that, and hardly to stop.
+fn busy_options(wish: NoConvergence) -> Options {
+    let mut options = options();
+    options.policy.downtime_limit = Duration::from_micros(100);
+    options.policy.on_no_convergence = wish;
+    options.bandwidth_limit = Some(15 << 20);
+    options
+}
+
+fn moved_although_busy(wish: NoConvergence) -> Tried {
+    let world = Arc::<World>::default();
+    let guest = busy_guest(&world);
+    let host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: 700 };
+    let network = Network::new(Limits::NONE, Some(Limits::NONE));
+    let tried = try_moving(world, guest, host, network, &busy_options(wish));
+    assert_eq!(tried.guest.throttled(), 0, "nobody is slow for ever");
+    tried
+}
+
+#[test]
+fn a_busy_guest_is_slowed_down_until_it_can_be_moved() {
+    let tried = moved_although_busy(NoConvergence::Throttle);
+    tried.assert_there();
+    let report = tried.sent.unwrap();
+    assert_eq!(report.outcome, Some(Outcome::Throttled), "{report:?}");
+    assert!((20..=99).contains(&report.throttled_percent), "{report:?}");
+}
+
+#[test]
+fn a_busy_guest_stays_if_so_wished() {
+    let tried = moved_although_busy(NoConvergence::Fail);
+    assert_eq!(tried.world.runners(), (true, false));
+    let failure = tried.sent.as_ref().unwrap_err();
+    assert!(matches!(failure.error, Error::NoConvergence { .. }), "{}", tried.error());
+    assert_eq!(failure.report.outcome, Some(Outcome::GaveUp));
+    assert_eq!(failure.report.status, Status::Failed);
+    assert_eq!(tried.world.undone.load(Ordering::SeqCst), 0, "it never stopped");
+}
+
+#[test]
+fn a_guest_that_was_slowed_down_runs_freely_after_a_failure() {
+    let world = Arc::<World>::default();
+    let (mut guest, options) = (busy_guest(&world), busy_options(NoConvergence::Throttle));
+    let (mut network, door) = Network::new(Limits::NONE, Some(Limits::NONE));
+    let mut host = FakeHost { world, fault: Fault::None, low_pages: 700 };
+    let (cancel, done) = (Cancel::new(), Cancel::new());
+    let (wish, waits) = (cancel.clone(), done.clone());
+    let destination = thread::Builder::new().spawn(move || {
+        let progress = &mut |_: &Progress| {};
+        let watch = Watch { progress, cancel: waits, record: Box::new(NoRecord) };
+        receive(&mut host, door, &patience(), watch).err().unwrap()
+    });
+    let mut slowest = 0;
+    let progress = &mut |progress: &Progress| {
+        slowest = slowest.max(progress.throttled_percent);
+        if slowest > 0 {
+            wish.cancel();
+        }
+    };
+    let watch = Watch { progress, cancel, record: Box::new(NoRecord) };
+    let failure = send(&mut guest, || network.connect(), &options, watch).err().unwrap();
+    assert_eq!(failure.report.status, Status::Cancelled);
+    assert!(slowest > 0 && failure.report.throttled_percent == slowest);
+    assert_eq!(guest.throttled(), 0);
+    done.cancel();
+    destination.unwrap().join().unwrap();
 }
 
 #[test]

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use migration::policy::NoConvergence;
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
@@ -35,6 +37,10 @@ pub(super) struct MigrateArgs {
     /// The longest pause to aim at.
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = duration::parse)]
     downtime_limit: Duration,
+    /// What to do about a guest that writes too fast for that: slow its vCPUs down, stop it for
+    /// longer, or let it stay.
+    #[arg(long, value_name = "WAY", default_value = "stop", value_parser = ways())]
+    on_no_convergence: NoConvergence,
     /// The most to send in a second, such as 100M or 1G (bytes) [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     bandwidth_limit: Option<Size>,
@@ -48,6 +54,10 @@ fn destination(text: &str) -> Result<Address, String> {
         Ok(Address::Tcp { port: 0, .. }) => Err("port 0 cannot be connected to".to_owned()),
         address => address.map_err(|e: AddressError| e.to_string()),
     }
+}
+
+fn ways() -> impl TypedValueParser<Value = NoConvergence> {
+    PossibleValuesParser::new(NoConvergence::NAMES).try_map(|name| name.parse::<NoConvergence>())
 }
 
 fn rate(text: &str) -> Result<Size, String> {
@@ -76,6 +86,7 @@ impl MigrateArgs {
             dry_run: self.dry_run,
             streams: self.streams,
             downtime_limit_ms: u64::try_from(self.downtime_limit.as_millis())?,
+            on_no_convergence: self.on_no_convergence,
             bandwidth_limit: self.bandwidth_limit.map(|Size(bytes)| bytes),
         });
         let mut watch = Watch::begin(client.name())?;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use migration::policy::NoConvergence;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
@@ -70,6 +71,9 @@ pub struct MigrateRequest {
     pub streams: Option<u8>,
     /// The longest pause to aim at, in milliseconds.
     pub downtime_limit_ms: u64,
+    /// What to do about a guest for which that is never enough.
+    #[serde(default)]
+    pub on_no_convergence: NoConvergence,
     /// The most bytes to send in a second; `None` for no limit.
     #[serde(default)]
     pub bandwidth_limit: Option<u64>,
@@ -320,6 +324,7 @@ mod tests {
                     dry_run: false,
                     streams: None,
                     downtime_limit_ms: 300,
+                    on_no_convergence: NoConvergence::Stop,
                     bandwidth_limit: None,
                 }),
             ),
@@ -387,6 +392,7 @@ mod tests {
                     dry_run,
                     streams,
                     downtime_limit_ms,
+                    on_no_convergence: NoConvergence::Throttle,
                     bandwidth_limit,
                 })
             }),

@@ -131,6 +131,7 @@ fn a_client_that_reads_slowly_still_gets_the_end() {
         dry_run: false,
         streams: None,
         downtime_limit_ms: 300,
+        on_no_convergence: Default::default(),
         bandwidth_limit: None,
     });
     let mut heard = 0;

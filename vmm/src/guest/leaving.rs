@@ -22,7 +22,7 @@ use crate::power::PowerSwitch;
 use crate::strategy::{
     Abilities, Choice, Evict, Moving, Pause, StayPaused, WantDirtying, Way, choose,
 };
-use crate::vcpu::Vcpus;
+use crate::vcpu::{Throttle, Vcpus};
 
 /// Bytes of state of one vCPU and of everything else, about; extended state can be larger.
 const VCPU_BYTES: u64 = 16 << 10;
@@ -36,6 +36,7 @@ pub(crate) struct Leaving {
     /// The devices that it has, once it is known how each moves.
     moving: Option<Moving>,
     dirty: DirtySet,
+    throttle: Throttle,
     plan: Plan,
 }
 
@@ -68,7 +69,8 @@ impl Leaving {
         dirty.add(OwnWrites::new(machine.vm().ram().clone()));
         // Last: what the others put into RAM, KVM may see too.
         dirty.add(KvmLog::new(machine.vm().clone()));
-        Ok(Self { machine, traits, profile, moving: None, dirty, plan: Plan::new() })
+        let throttle = Throttle::new(machine.vcpus().clone());
+        Ok(Self { machine, traits, profile, moving: None, dirty, throttle, plan: Plan::new() })
     }
 
     /// Gives the machine back, as the plan left it, with the devices that could not be given back
@@ -198,6 +200,10 @@ impl Departing for Leaving {
 
     fn dirty(&mut self) -> &mut DirtySet {
         &mut self.dirty
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        self.throttle.set(percent);
     }
 
     fn plan(&mut self) -> &mut Plan {

@@ -1,5 +1,6 @@
 //! KVM: the virtual machine, and why the kernel refused.
 
+mod dirty_log;
 pub(crate) mod exact;
 mod irq;
 mod routes;

@@ -11,7 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::Error;
+use super::{Error, dirty_log};
 use crate::arch::{cpuid, layout};
 use crate::memory::Ram;
 
@@ -23,6 +23,7 @@ pub(crate) struct Vm {
     kvm: Kvm,
     fd: VmFd,
     ram: Ram,
+    clears_dirty_log: bool,
 }
 
 /// What KVM must offer; everything else is asked for where it is used.
@@ -50,7 +51,8 @@ impl Vm {
         fd.create_irq_chip().map_err(Error::ioctl("KVM_CREATE_IRQCHIP"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(Error::ioctl("KVM_CREATE_PIT2"))?;
-        let vm = Self { kvm, fd, ram };
+        let clears_dirty_log = dirty_log::by_hand(&fd);
+        let vm = Self { kvm, fd, ram, clears_dirty_log };
         vm.map_ram(false)?;
         Ok(vm)
     }
@@ -77,18 +79,13 @@ impl Vm {
         self.fd.create_vcpu(u64::from(index)).map_err(Error::ioctl("KVM_CREATE_VCPU"))
     }
 
-    /// Switches KVM's dirty log of all RAM on or off.
-    pub(crate) fn log_dirty_pages(&self, on: bool) -> Result<(), Error> {
-        self.map_ram(on)
+    /// Whether KVM's dirty log keeps every bit until it is told to clear it.
+    pub(crate) fn clears_dirty_log(&self) -> bool {
+        self.clears_dirty_log
     }
 
-    /// Calls KVM_GET_DIRTY_LOG for the RAM region `slot`: a bit for every page written since the
-    /// previous call, in words of 64 pages.
-    pub(crate) fn dirty_log(&self, slot: u32, bytes: usize) -> Result<Vec<u64>, Error> {
-        self.fd.get_dirty_log(slot, bytes).map_err(Error::ioctl("KVM_GET_DIRTY_LOG"))
-    }
-
-    fn map_ram(&self, log_dirty: bool) -> Result<(), Error> {
+    /// Puts RAM into its memory slots, with a log of the pages that are written or without.
+    pub(super) fn map_ram(&self, log_dirty: bool) -> Result<(), Error> {
         for (slot, region) in (0..).zip(self.ram.iter()) {
             let host = region.as_ptr().expose_provenance() as u64;
             let slot = kvm_userspace_memory_region {

@@ -2,11 +2,13 @@
 
 mod run;
 mod signal;
+mod throttle;
 
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
 use vmm_sys_util::signal::Killable;
 
@@ -15,6 +17,7 @@ use crate::kvm::{self, Vm};
 
 pub(crate) use run::{Exits, Wiring};
 pub(crate) use signal::block_kicks;
+pub(crate) use throttle::Throttle;
 
 /// All vCPUs of a machine.
 pub(crate) struct Vcpus(Vec<Vcpu>);
@@ -43,6 +46,15 @@ impl Vcpus {
         let pausing: Vec<_> = self.iter().map(Vcpu::pause).collect::<Result<_, _>>()?;
         pausing.into_iter().try_for_each(Paused::wait)
     }
+
+    /// Has those that run leave the guest for `time`, or until they are told anything else.
+    fn rest(&self, time: Duration) {
+        for vcpu in self.iter() {
+            if let Err(error) = vcpu.tell(Command::Rest(time)) {
+                tracing::debug!(%error, "cannot let it rest");
+            }
+        }
+    }
 }
 
 /// A vCPU, stopped until [`Vcpu::resume`].
@@ -52,10 +64,11 @@ pub(crate) struct Vcpu {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What a vCPU's thread is told; each but the last is answered.
+/// What a vCPU's thread is told; those with a sender are answered.
 enum Command {
     Resume,
     Pause(Sender<()>),
+    Rest(Duration),
     Save(Sender<Result<VcpuV1, kvm::Error>>),
     Load(Box<VcpuV1>, Sender<Result<(), kvm::Error>>),
     SetTscOffset(u64, Sender<Result<(), kvm::Error>>),

@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::time::Duration;
 
 use devices::bus::Bus;
 use kvm_bindings::kvm_run;
@@ -38,6 +39,8 @@ pub(super) struct Runner {
     vm: Arc<Vm>,
     wiring: Wiring,
     running: bool,
+    /// How long to stay out of the guest, once, although it runs.
+    rest: Option<Duration>,
 }
 
 /// Why a vCPU is out of the guest.
@@ -52,25 +55,20 @@ enum Left {
 
 impl Runner {
     pub(super) fn new(index: u8, fd: VcpuFd, vm: Arc<Vm>, wiring: Wiring) -> Self {
-        Self { index, fd, vm, wiring, running: false }
+        Self { index, fd, vm, wiring, running: false, rest: None }
     }
 
     /// Does what it is told until it is told to end.
     pub(super) fn serve(mut self, commands: &Receiver<Command>) {
         loop {
-            let command = if self.running {
-                self.enter();
-                match commands.try_recv() {
-                    Ok(command) => Some(command),
-                    Err(TryRecvError::Empty) => continue,
-                    Err(TryRecvError::Disconnected) => None,
-                }
-            } else {
-                commands.recv().ok()
+            let command = match self.next(commands) {
+                Err(TryRecvError::Empty) => continue,
+                command => command.ok(),
             };
             match command {
                 Some(Command::Resume) => self.resume(),
                 Some(Command::Pause(reply)) => self.pause(&reply),
+                Some(Command::Rest(time)) => self.rest = self.running.then_some(time),
                 Some(Command::Save(reply)) => drop(reply.send(self.save())),
                 Some(Command::Load(state, reply)) => {
                     drop(reply.send(vcpu::load(self.vm.kvm(), &self.fd, *state)));
@@ -81,6 +79,21 @@ impl Runner {
                 Some(Command::Exit) | None => return,
             }
         }
+    }
+
+    /// Runs, rests or waits until there may be something to do, and takes that.
+    fn next(&mut self, commands: &Receiver<Command>) -> Result<Command, TryRecvError> {
+        if !self.running {
+            return commands.recv().map_err(|_| TryRecvError::Disconnected);
+        }
+        if let Some(rest) = self.rest.take() {
+            return commands.recv_timeout(rest).map_err(|error| match error {
+                RecvTimeoutError::Timeout => TryRecvError::Empty,
+                RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
+            });
+        }
+        self.enter();
+        commands.try_recv()
     }
 
     fn resume(&mut self) {

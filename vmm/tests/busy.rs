@@ -1,0 +1,179 @@
+//! Guests that rewrite their memory as fast as they can while they move. Needs a usable
+//! `/dev/kvm`.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Whether a machine can be run here at all.
+fn usable() -> bool {
+    let usable = OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+    if !usable {
+        println!("skipped: /dev/kvm cannot be used");
+    }
+    usable
+}
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "still not: {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+struct Host(tempfile::TempDir);
+
+impl Host {
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(Path::new(env!("CARGO_BIN_EXE_uvmm")));
+        command.args(arguments).stdin(Stdio::null());
+        command.env("UVMM_RUNTIME_DIR", self.0.path().join("run"));
+        command.env("UVMM_STATE_DIR", self.0.path().join("state"));
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn uvmm(&self, arguments: &[&str]) -> (bool, String) {
+        let Output { status, stdout, stderr } = self.command(arguments).output().unwrap();
+        (status.success(), String::from_utf8([stdout, stderr].concat()).unwrap())
+    }
+
+    fn run(&self, name: &str, arguments: &[&str]) -> Vm {
+        let console = self.0.path().join(format!("{name}.console"));
+        let serial = format!("socket={}", console.display());
+        let all = [&["run", "--name", name, "--serial", &serial], arguments].concat();
+        let vm = Vm { process: self.command(&all).spawn().unwrap(), console };
+        until("the VM answers", || self.uvmm(&["info", "--vm", name]).0);
+        vm
+    }
+
+    /// A guest that rewrites `mib` MiB, and knows what each page should hold.
+    fn busy(&self, memory: &str, percent: u32, mib: u32) -> Vm {
+        let told = format!("run=fill 7 {percent};rewrite {mib} max");
+        let vm = self.run("web", &["--memory", memory, "--cmdline", &told]);
+        vm.converse("", &["rewrite ok"]);
+        vm
+    }
+
+    fn incoming(&self) -> (Vm, String) {
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        (self.run("other", &["--incoming", &format!("tcp:{address}")]), address)
+    }
+
+    /// Migrates, and gives the report.
+    fn migrate(&self, to: &str, arguments: &[&str]) -> serde_json::Value {
+        let all = [&["migrate", "--vm", "web", "--json", "--to", to], arguments].concat();
+        let Output { stdout, stderr, .. } = self.command(&all).output().unwrap();
+        let complaint = String::from_utf8_lossy(&stderr);
+        serde_json::from_slice(&stdout).unwrap_or_else(|_| panic!("no report: {complaint}"))
+    }
+}
+
+struct Vm {
+    process: Child,
+    console: PathBuf,
+}
+
+impl Vm {
+    /// Says `words` on the console and reads until the guest gives one of `answers`: gives all it said.
+    fn converse(&self, words: &str, answers: &[&str]) -> String {
+        let mut console = UnixStream::connect(&self.console).unwrap();
+        console.set_read_timeout(Some(PATIENCE)).unwrap();
+        writeln!(console, "{words}").unwrap();
+        let (mut said, mut some) = (String::new(), [0; 4096]);
+        let start = Instant::now();
+        while !answers.iter().any(|answer| said.contains(answer)) {
+            let count = console.read(&mut some).unwrap();
+            said.push_str(&String::from_utf8_lossy(&some[..count]));
+            assert!(count > 0 && start.elapsed() < PATIENCE, "{said}");
+        }
+        said
+    }
+
+    /// Asserts that every page holds what the guest wrote last.
+    fn assert_whole(&self) {
+        let said = self.converse("verify", &["verify ok", "verify FAILED"]);
+        assert!(said.contains("verify ok"), "{said}");
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ended = self.process.kill();
+        let _status = self.process.wait();
+    }
+}
+
+#[test]
+fn a_guest_that_rewrites_memory_all_the_time_arrives_whole() {
+    if !usable() {
+        return;
+    }
+    for streams in ["1", "3"] {
+        let host = Host(tempfile::tempdir().unwrap());
+        let _source = host.busy("64M", 60, 16);
+        let (destination, to) = host.incoming();
+        let line = ["--downtime-limit", "1ms", "--bandwidth-limit", "60M", "--streams", streams];
+        let report = host.migrate(&to, &line);
+        assert_eq!(report["status"], "completed", "{report}");
+        assert!(report["rounds"].as_u64().unwrap() > 3, "{report}");
+        destination.assert_whole();
+    }
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_ends_as_was_wished() {
+    if !usable() {
+        return;
+    }
+    let host = Host(tempfile::tempdir().unwrap());
+    let source = host.busy("64M", 60, 16);
+    let (destination, to) = host.incoming();
+    let line = ["--downtime-limit", "1ms", "--bandwidth-limit", "30M", "--on-no-convergence"];
+
+    let report = host.migrate(&to, &[line.as_slice(), &["fail"]].concat());
+    assert_eq!((&report["status"], &report["outcome"]), (&"failed".into(), &"gave-up".into()));
+    let error = report["error"].as_str().unwrap();
+    assert!(error.contains("--on-no-convergence throttle"), "{error}");
+    source.assert_whole();
+
+    drop(destination);
+    let (destination, to) = host.incoming();
+    let report = host.migrate(&to, &[line.as_slice(), &["throttle"]].concat());
+    assert_eq!(report["status"], "completed", "{report}");
+    assert!(report["throttled_percent"].as_u64().unwrap() >= 20, "{report}");
+    assert!(report["outcome"] == "throttled", "{report}");
+    destination.assert_whole();
+}
+
+#[test]
+fn a_cancelled_migration_leaves_a_dirty_log_behind_that_the_next_can_use() {
+    if !usable() {
+        return;
+    }
+    let host = Host(tempfile::tempdir().unwrap());
+    let source = host.busy("64M", 60, 8);
+    let (destination, to) = host.incoming();
+    let line = ["migrate", "--vm", "web", "--json", "--bandwidth-limit", "20M", "--to", &to];
+    let child = host.command(&line).spawn().unwrap();
+    until("memory moves", || host.uvmm(&["info", "--vm", "web", "--json"]).1.contains("copying"));
+    thread::sleep(Duration::from_millis(300));
+    assert!(host.uvmm(&["cancel", "--vm", "web"]).0);
+    let cancelled = child.wait_with_output().unwrap();
+    assert!(String::from_utf8_lossy(&cancelled.stdout).contains("\"cancelled\""));
+    source.assert_whole();
+    drop(destination);
+    let (destination, to) = host.incoming();
+    let report = host.migrate(&to, &[]);
+    assert_eq!(report["status"], "completed", "{report}");
+    destination.assert_whole();
+}
