@@ -10,7 +10,10 @@ use kvm_ioctls::{Cap, Kvm};
 
 use super::guest::{self, GuestError, Seen};
 use super::{Check, TRIAL_LIMIT, Verdict};
+use crate::arch::cpuid;
+use crate::arch::model::Processors;
 use crate::cause;
+use crate::config::CpuBase;
 
 const DEVICE: &str = "/dev/kvm";
 /// The only version of the API there has been since Linux 2.6.22.
@@ -29,6 +32,7 @@ pub(super) fn examine() -> Vec<Check> {
     checks.push(tried("VM, irqchip, timer, vCPU", || whole_machine().map(|()| "created".into())));
     checks.extend(guest_checks());
     checks.extend(extensions(&kvm));
+    checks.extend(levels(&kvm));
     checks
 }
 
@@ -157,6 +161,28 @@ fn extensions(kvm: &Kvm) -> Vec<Check> {
         xsave,
         Check::ok("vCPUs", format!("at most {}", kvm.get_max_vcpus())),
     ]
+}
+
+/// Which levels of processors a guest could have here.
+fn levels(kvm: &Kvm) -> Vec<Check> {
+    let host = cpuid::host(kvm);
+    let level = |(base, what): (CpuBase, &'static str)| {
+        let lacking = match &host {
+            Ok(host) => Processors::new(host, &base.into()).map(|made| made.lacking()),
+            Err(error) => return Check::not_ok(what, Verdict::Missing, cause::chain(error), ""),
+        };
+        let not = |found: String| {
+            let remedy = format!("guests with --cpu {base} neither start here nor come here");
+            Check::not_ok(what, Verdict::Missing, found, remedy)
+        };
+        match lacking {
+            Ok(lacking) if lacking.is_empty() => Check::ok(what, "whole"),
+            Ok(lacking) => not(format!("lacks {}", lacking.join(", "))),
+            Err(error) => not(cause::chain(&error)),
+        }
+    };
+    let names = ["processors x86-64-v2", "processors x86-64-v3", "processors x86-64-v4"];
+    CpuBase::LEVELS.into_iter().zip(names).map(level).collect()
 }
 
 /// sizeof(struct kvm_dirty_gfn): the capability's value is the ring's largest size in bytes.

@@ -11,11 +11,14 @@ use devices::legacy::rtc::{self, Rtc};
 use devices::legacy::serial::{self, Serial};
 use devices::pci::host;
 use devices::pci::topology::PlaceError;
+use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 
 use super::assigned::{self, Assigned};
 use super::pci::{Around, Pci};
 use super::{Alarm, Device, HostEnds, Machine, Parts};
+use crate::arch::model::Processors;
+use crate::arch::vcpu::Seen;
 use crate::arch::{acpi, cpuid, layout, mptable, msr, regs};
 use crate::boot;
 use crate::config::{Boot, DeviceConfig, HugePages, MachineConfig};
@@ -86,8 +89,11 @@ impl Machine {
         boot: &Boot,
         host: &HostSide,
     ) -> Result<Self, Error> {
-        Self::assemble(config, host, |vm, first| {
-            let (ram, window) = (vm.ram(), vm.pci_memory_64()?);
+        Self::assemble(config, host, |vm, first, processors| {
+            processors.check()?;
+            let bits = cpuid::address_bits(&processors.cpuid);
+            vm.check_reach(bits)?;
+            let (ram, window) = (vm.ram(), vm.pci_memory_64(bits));
             let rsdp = acpi::write(ram, config.cpus, window.as_ref()).map_err(Error::Tables)?;
             mptable::write(ram, config.cpus).map_err(Error::Tables)?;
             let entry = boot::load(ram, boot, rsdp)?;
@@ -96,21 +102,26 @@ impl Machine {
     }
 
     /// A machine that waits for a state and the content of its RAM.
+    ///
+    /// Its processors have no more than this host gives, whatever was asked for: the state brings
+    /// those that its guest knows.
     pub(crate) fn empty(config: &MachineConfig, host: &HostSide) -> Result<Self, Error> {
-        Self::assemble(config, host, |_, _| Ok(()))
+        Self::assemble(config, host, |_, _, _| Ok(()))
     }
 
     /// Builds the machine; `load` fills its RAM and readies its first vCPU.
     fn assemble(
         config: &MachineConfig,
         host: &HostSide,
-        load: impl FnOnce(&Vm, &VcpuFd) -> Result<(), Error>,
+        load: impl FnOnce(&Vm, &VcpuFd, &Processors) -> Result<(), Error>,
     ) -> Result<Self, Error> {
         let ram = memory::allocate(config.memory, host.hugepages)?;
         let vm = Arc::new(Vm::new(ram)?);
-        let fds = create_vcpus(&vm, config.cpus)?;
+        let processors = Processors::new(&cpuid::host(vm.kvm())?, &config.cpu)?;
+        let fds = create_vcpus(&vm, &processors.cpuid, config.cpus)?;
         let tsc_khz = fds[0].get_tsc_khz().map_err(kvm::Error::ioctl("KVM_GET_TSC_KHZ"))?;
-        load(&vm, &fds[0])?;
+        load(&vm, &fds[0], &processors)?;
+        let seen = Seen { cpuid: cpuid::of_vcpu(&processors.cpuid, 0, config.cpus)?, tsc_khz };
 
         let power = Arc::new(PowerSwitch::new(host.events.clone()));
         let (alarm, room) = (host.alarm.clone(), host.room.clone());
@@ -134,7 +145,7 @@ impl Machine {
             mmio: &mmio,
             lines: layout::PCI_GSIS.map(|gsi| line(gsi) as Arc<dyn Line>).collect(),
             messages: messages.clone(),
-            memory_64: vm.pci_memory_64()?,
+            memory_64: vm.pci_memory_64(cpuid::address_bits(&seen.cpuid)),
             reset: reset.clone(),
         };
         let Pci { ports, ecam, slots, saved: pci } = Pci::new(config.pci_slots, around)?;
@@ -164,6 +175,7 @@ impl Machine {
             vm,
             config: config.clone(),
             tsc_khz,
+            seen,
             running: false,
             exits,
             host_ends,
@@ -202,12 +214,11 @@ fn insert(
 }
 
 /// vCPUs as a PC's firmware would leave them.
-fn create_vcpus(vm: &Vm, count: u8) -> Result<Vec<VcpuFd>, Error> {
-    let cpuid = cpuid::host(vm.kvm())?;
+fn create_vcpus(vm: &Vm, base: &CpuId, count: u8) -> Result<Vec<VcpuFd>, Error> {
     (0..count)
         .map(|index| {
             let fd = vm.create_vcpu(index)?;
-            fd.set_cpuid2(&cpuid::of_vcpu(&cpuid, index, count)?)
+            fd.set_cpuid2(&cpuid::of_vcpu(base, index, count)?)
                 .map_err(kvm::Error::ioctl("KVM_SET_CPUID2"))?;
             msr::reset(&fd)?;
             Ok(fd)

@@ -5,7 +5,7 @@ mod assemble;
 mod assigned;
 mod pci;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,11 +24,11 @@ pub(crate) use assigned::Assigned;
 
 use crate::arch::clock::{self, ClockV1};
 use crate::arch::irqchip::{self, IrqchipV1};
-use crate::arch::vcpu::VcpuV1;
+use crate::arch::vcpu::{Seen, VcpuV1};
 use crate::config::{DeviceId, MachineConfig};
 use crate::kvm::Vm;
 use crate::power::PowerSwitch;
-use crate::vcpu::{self, Exits, Vcpus};
+use crate::vcpu::{self, Exits, Vcpu, Vcpus};
 
 /// A machine. Its vCPUs stand until [`Machine::resume`].
 pub(crate) struct Machine {
@@ -43,6 +43,8 @@ pub(crate) struct Machine {
     config: MachineConfig,
     /// The frequency that the vCPUs' time-stamp counters started with.
     tsc_khz: u32,
+    /// What the guest sees of its processors.
+    seen: Seen,
     running: bool,
     exits: Arc<Exits>,
     host_ends: HostEnds,
@@ -92,8 +94,15 @@ impl Machine {
         &self.vcpus
     }
 
-    pub(crate) fn tsc_khz(&self) -> u32 {
-        self.tsc_khz
+    /// What the guest sees of its processors.
+    pub(crate) fn seen(&self) -> &Seen {
+        &self.seen
+    }
+
+    /// The model-specific registers that any of its vCPUs has in use now.
+    pub(crate) fn used_msrs(&self) -> Result<BTreeSet<u32>, vcpu::Error> {
+        let each = self.vcpus.iter().map(Vcpu::used_msrs);
+        Ok(each.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
     }
 
     /// What is turned to the host.
@@ -182,6 +191,10 @@ impl Machine {
         let mut tsc_offsets = Vec::new();
         for (index, vcpu) in self.vcpus.iter().enumerate() {
             let state: VcpuV1 = from.at(format!("vcpu/{index}")).take()?;
+            let seen = state.seen(self.vm.kvm()).map_err(owner("take the vCPU"))?;
+            if index == 0 {
+                self.seen = seen;
+            }
             tsc_offsets.push(state.unscaled_tsc_offset(self.tsc_khz));
             vcpu.load(state).map_err(owner("load the vCPU"))?;
         }

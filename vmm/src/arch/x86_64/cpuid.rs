@@ -23,13 +23,12 @@ const TOPOEXT: u32 = 1 << 22;
 const KVM_FEATURES: u32 = 0x4000_0001;
 const ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
-/// How many bits a physical address has on the vCPUs of this host.
-pub(crate) fn address_bits(kvm: &Kvm) -> Result<u8, Error> {
+/// How many bits a physical address has on processors that `cpuid` tells of.
+pub(crate) fn address_bits(cpuid: &CpuId) -> u8 {
     /// What a processor without that leaf has (AMD APM 3, E.4.8).
     const LEAST: u8 = 36;
-    let cpuid = host(kvm)?;
     let leaf = cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
-    Ok(leaf.map_or(LEAST, |entry| entry.eax.to_le_bytes()[0]))
+    leaf.map_or(LEAST, |entry| entry.eax.to_le_bytes()[0])
 }
 
 /// What this host's KVM can show any guest of ours, the same for all its vCPUs.
