@@ -113,7 +113,8 @@ impl Host for Builder {
         let mut machine = Machine::empty(config, &bare).map_err(|error| {
             refusal("host", "a new machine", cause::chain(&error), CHOOSE_ANOTHER)
         })?;
-        let have = Platform::of_host(machine.vm(), machine.seen(), guest_tsc_khz(offer))
+        let (host, built) = (machine.shown(), machine.seen());
+        let have = Platform::of_host(machine.vm(), host, built, guest_tsc_khz(offer))
             .map_err(|error| refusal("host", "its own features", cause::chain(&error), SAME_UVMM))?
             .profile();
         let ram = regions(machine.vm().ram());

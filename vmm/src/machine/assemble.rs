@@ -91,6 +91,7 @@ impl Machine {
     ) -> Result<Self, Error> {
         Self::assemble(config, host, |vm, first, processors| {
             processors.check()?;
+            processors.tell_surplus(&cpuid::shown(first)?);
             let bits = cpuid::address_bits(&processors.cpuid);
             vm.check_reach(bits)?;
             let (ram, window) = (vm.ram(), vm.pci_memory_64(bits));
@@ -117,11 +118,8 @@ impl Machine {
     ) -> Result<Self, Error> {
         let ram = memory::allocate(config.memory, host.hugepages)?;
         let vm = Arc::new(Vm::new(ram)?);
-        let processors = Processors::new(&cpuid::host(vm.kvm())?, &config.cpu)?;
-        let fds = create_vcpus(&vm, &processors.cpuid, config.cpus)?;
-        let tsc_khz = fds[0].get_tsc_khz().map_err(kvm::Error::ioctl("KVM_GET_TSC_KHZ"))?;
+        let NewVcpus { fds, shown, processors, seen } = create_vcpus(&vm, config)?;
         load(&vm, &fds[0], &processors)?;
-        let seen = Seen { cpuid: cpuid::of_vcpu(&processors.cpuid, 0, config.cpus)?, tsc_khz };
 
         let power = Arc::new(PowerSwitch::new(host.events.clone()));
         let (alarm, room) = (host.alarm.clone(), host.room.clone());
@@ -174,7 +172,7 @@ impl Machine {
             assigned,
             vm,
             config: config.clone(),
-            tsc_khz,
+            shown,
             seen,
             running: false,
             exits,
@@ -213,15 +211,34 @@ fn insert(
     bus.insert(base, size, device).map_err(|source| Error::Bus { address: name.to_owned(), source })
 }
 
-/// vCPUs as a PC's firmware would leave them.
-fn create_vcpus(vm: &Vm, base: &CpuId, count: u8) -> Result<Vec<VcpuFd>, Error> {
-    (0..count)
-        .map(|index| {
-            let fd = vm.create_vcpu(index)?;
-            fd.set_cpuid2(&cpuid::of_vcpu(base, index, count)?)
-                .map_err(kvm::Error::ioctl("KVM_SET_CPUID2"))?;
-            msr::reset(&fd)?;
-            Ok(fd)
-        })
-        .collect()
+/// vCPUs that have not run, and what they show.
+struct NewVcpus {
+    fds: Vec<VcpuFd>,
+    /// What this host could show.
+    shown: Seen,
+    processors: Processors,
+    seen: Seen,
+}
+
+fn create_vcpus(vm: &Vm, config: &MachineConfig) -> Result<NewVcpus, Error> {
+    let fds: Vec<_> =
+        (0..config.cpus).map(|index| vm.create_vcpu(index)).collect::<Result<_, _>>()?;
+    let first = &fds[0];
+    let host_cpuid = cpuid::host(vm.kvm(), first)?;
+    let processors = Processors::new(&host_cpuid, &config.cpu)?;
+    ready_vcpus(&fds, &processors.cpuid)?;
+    let tsc_khz = first.get_tsc_khz().map_err(kvm::Error::ioctl("KVM_GET_TSC_KHZ"))?;
+    let seen = Seen { cpuid: cpuid::shown(first)?, tsc_khz };
+    Ok(NewVcpus { fds, shown: Seen { cpuid: host_cpuid, tsc_khz }, processors, seen })
+}
+
+/// Makes new vCPUs what a PC's firmware would leave, with processors of `cpuid`.
+fn ready_vcpus(fds: &[VcpuFd], cpuid: &CpuId) -> Result<(), Error> {
+    let count = u8::try_from(fds.len()).expect("no more than were asked for");
+    for (index, fd) in (0..).zip(fds) {
+        fd.set_cpuid2(&cpuid::of_vcpu(cpuid, index, count)?)
+            .map_err(kvm::Error::ioctl("KVM_SET_CPUID2"))?;
+        msr::reset(fd)?;
+    }
+    Ok(())
 }

@@ -48,19 +48,21 @@ impl Platform {
         }
     }
 
-    /// What this host could give to a guest in `vm`, whose vCPUs were made as they were `built`.
+    /// What a host that can show `host` could give to a guest in `vm`, whose vCPUs were made as they
+    /// were `built`.
     ///
     /// If the guest knows a TSC of `guest_tsc_khz`, the host has that very frequency if it is its
     /// own, as far as KVM tells them apart, or if it can scale to it.
     pub(crate) fn of_host(
         vm: &Vm,
+        host: &Seen,
         built: &Seen,
         guest_tsc_khz: Option<u64>,
     ) -> Result<Self, Error> {
-        let own = u64::from(built.tsc_khz);
+        let own = u64::from(host.tsc_khz);
         let scales = vm.kvm().check_extension(Cap::TscControl);
         Ok(Self {
-            cpuid: cpuid::host(vm.kvm())?,
+            cpuid: host.cpuid.clone(),
             xsave_bytes: vcpu::xsave_bytes(vm.kvm()),
             tsc_khz: tsc_khz(own, scales, guest_tsc_khz),
             msrs: msr::of_state(vm.kvm())?.into_iter().map(u64::from).collect(),

@@ -4,8 +4,8 @@
 #![expect(unsafe_code, reason = "KVM_GET_XSAVE2 and KVM_SET_XSAVE trust the buffer's size")]
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
-    kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use migration::state::Saved;
@@ -58,13 +58,12 @@ impl VcpuV1 {
     /// What its guest sees.
     ///
     /// # Errors
-    /// It shows features that this host lacks, or more leaves than KVM takes.
-    pub(crate) fn seen(&self, kvm: &Kvm) -> Result<Seen, Error> {
+    /// It shows features that a host which can show `host` lacks, or more leaves than KVM takes.
+    pub(crate) fn seen(&self, host: &CpuId) -> Result<Seen, Error> {
         let leaves: Vec<_> = self.cpuid.iter().map(|Leaf(entry)| *entry).collect();
         let cpuid =
             CpuId::from_entries(&leaves).map_err(|_| Error::TooManyCpuidEntries(leaves.len()))?;
-        let host = Features::of(&cpuid::host(kvm)?);
-        let lacking = Features::of(&cpuid).lasting().without(host).names();
+        let lacking = Features::of(&cpuid).lasting().without(Features::of(host)).names();
         if !lacking.is_empty() {
             let model = "that the guest knows".to_owned();
             return Err(Error::CpuLacks { model, lacking: lacking.join(", ") });
@@ -104,14 +103,14 @@ pub(crate) fn guest_xsave_bytes(cpuid: &CpuId) -> usize {
 
 /// The model-specific registers that a vCPU has in use: all others are zero.
 pub(crate) fn used_msrs(kvm: &Kvm, fd: &VcpuFd) -> Result<Vec<u32>, Error> {
-    let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(Error::ioctl("KVM_GET_CPUID2"))?;
+    let cpuid = cpuid::shown(fd)?;
     let values = msr::read(fd, &msr::of_guest(kvm, &cpuid)?)?;
     Ok(values.into_iter().filter(|&(_, value)| value != 0).map(|(index, _)| index).collect())
 }
 
 /// Reads a vCPU that is out of the guest and has no half-done exit.
 pub(crate) fn save(kvm: &Kvm, fd: &VcpuFd) -> Result<VcpuV1, Error> {
-    let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(Error::ioctl("KVM_GET_CPUID2"))?;
+    let cpuid = cpuid::shown(fd)?;
     // First, as it can take in a pending INIT and so change what is read after it.
     let mp_state = fd.get_mp_state().map_err(Error::ioctl("KVM_GET_MP_STATE"))?;
     // Before CR2 and DR6 are read: KVM delivers the payload of a pending exception to them here.
@@ -287,5 +286,25 @@ mod tests {
         let mut periodic = [(msr::TSC, 5000), (msr::TSC_DEADLINE, 0)];
         keep_expired_deadline(&lapic(0b01 << 17), &mut periodic);
         assert_eq!(periodic[1].1, 0);
+    }
+
+    #[test]
+    fn extended_state_that_the_guest_cannot_have_stays_behind() {
+        let leaf = |index, eax, ebx| kvm_cpuid_entry2 {
+            function: 0xd,
+            index,
+            eax,
+            ebx,
+            ..Default::default()
+        };
+        let cpuid = CpuId::from_entries(&[leaf(0, 0b111, 576), leaf(2, 256, 576)]).unwrap();
+        let mut state = vec![0xffff_ffff; 2 * XSAVE_WORDS];
+        keep_parts(&mut state, &cpuid);
+        assert_eq!(state.len(), XSAVE_WORDS);
+        assert_eq!(state[127..131], [u32::MAX, 0b111, 0, u32::MAX]);
+        let large = CpuId::from_entries(&[leaf(0, 1 << 18, 576), leaf(18, 8192, 2816)]).unwrap();
+        let mut state = vec![0; 3 * XSAVE_WORDS];
+        keep_parts(&mut state, &large);
+        assert_eq!(state.len() * 4, 2816 + 8192);
     }
 }
