@@ -56,6 +56,7 @@ fn answer(name: &str, call: Call, waiting: &mut Vec<Replier>, stop: &AtomicBool)
             name: name.parse().unwrap(),
             state: State::Running,
             cpus: 2,
+            cpu: "host".into(),
             memory: 512 << 20,
             pid: std::process::id(),
             uptime_ms: 5,

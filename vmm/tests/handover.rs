@@ -297,6 +297,56 @@ fn both_ends_of_a_migration_can_share_a_host() {
 }
 
 #[test]
+fn a_guest_keeps_its_processors_wherever_it_goes() {
+    if !usable() {
+        return;
+    }
+    let hosts = [Host::new(), Host::new(), Host::new()];
+    if gives_no_v2(&hosts[0]) {
+        println!("skipped: this host does not give x86-64-v2");
+        return;
+    }
+    let file = hosts[0].0.path().join("pool.toml");
+    std::fs::write(&file, "base = 'x86-64-v2'\nremove = ['ssse3']\n").unwrap();
+    for (cpu, named) in [("x86-64-v2", "x86-64-v2"), (file.to_str().unwrap(), "x86-64-v2-ssse3")] {
+        let mut vms = vec![hosts[0].run(&format!("--memory 64M --cpu {cpu}"))];
+        for pair in hosts.windows(2) {
+            let at = free_port();
+            let destination = pair[1].run(&format!("--incoming tcp:{at}"));
+            let (moved, report) = pair[0].uvmm(&format!("migrate --vm web --to {at} --json"));
+            assert!(moved, "{report}");
+            assert!(is_running(&pair[1]));
+            let info: serde_json::Value =
+                serde_json::from_str(&pair[1].uvmm("info --vm web --json").1).unwrap();
+            assert_eq!(info["cpu"], named);
+            vms.push(destination);
+        }
+    }
+}
+
+fn gives_no_v2(host: &Host) -> bool {
+    let findings: serde_json::Value = serde_json::from_str(&host.uvmm("doctor --json").1).unwrap();
+    let checks = findings["checks"].as_array().unwrap();
+    let level = checks.iter().find(|check| check["what"] == "processors x86-64-v2").unwrap();
+    level["verdict"] == "missing"
+}
+
+#[test]
+fn processors_that_a_host_has_not_are_refused_with_a_list() {
+    if !usable() {
+        return;
+    }
+    let host = Host::new();
+    // AMD's for Intel's and the other way round: no processor has both.
+    let file = host.0.path().join("all.toml");
+    std::fs::write(&file, "base = 'host'\nadd = ['enqcmd', 'tbm']\n").unwrap();
+    let line = format!("run --serial null --memory 64M --cpu {}", file.to_str().unwrap());
+    let (began, error) = host.uvmm(&line);
+    assert!(!began && error.contains("lacks enqcmd, tbm"), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+}
+
+#[test]
 #[ignore = "takes more than a minute: a source asks for so long"]
 fn an_undecided_guest_is_decided_by_asking_again() {
     if !usable() {

@@ -60,6 +60,7 @@ impl Departing for Guest {
         Vec::new()
     }
     fn is_back(&mut self, _: &str) {}
+    fn throttle(&mut self, _: u8) {}
 }
 
 impl Arriving for Guest {

@@ -238,6 +238,11 @@ impl Controller {
         self.slots.get(usize::from(slot)).is_some_and(Slot::is_pressed)
     }
 
+    /// Withdraws a press of `slot`'s button that the guest has not taken notice of.
+    pub fn withdraw_press(&mut self, slot: u8) {
+        self.change(slot, Slot::withdraw_press);
+    }
+
     /// Puts a card into `slot`; the guest powers it when it is told by the button.
     pub fn insert(&mut self, slot: u8) {
         self.change(slot, Slot::insert);

@@ -167,6 +167,11 @@ impl Slot {
         self.latches & latch::BUTTON != 0
     }
 
+    /// A press that the guest has not taken notice of is as if it had not been.
+    pub(super) fn withdraw_press(&mut self) {
+        self.latches &= !latch::BUTTON;
+    }
+
     /// A card is put in and its latch closed.
     pub(super) fn insert(&mut self) {
         self.view.card = true;

@@ -222,16 +222,18 @@ impl Slots {
     }
 
     /// Gives up what was wished of slot `number`. If the guest still waits before it begins, a
-    /// second press tells it so.
+    /// second press tells it so; one that it has not noticed yet is withdrawn.
     ///
     /// # Errors
     /// There is no such slot.
     pub fn give_up(&self, number: u8) -> Result<(), SlotError> {
         let index = self.index(number)?;
         let request = self.lock().requests[usize::from(index)].take();
-        if matches!(request, Some((_, Progress::Accepted))) {
-            self.bridge.touch(|shpc| shpc.press_button(index));
-        }
+        self.bridge.touch(|shpc| match request {
+            Some((_, Progress::Accepted)) => shpc.press_button(index),
+            Some((_, Progress::Asked)) => shpc.withdraw_press(index),
+            _ => {}
+        });
         Ok(())
     }
 

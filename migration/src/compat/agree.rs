@@ -4,16 +4,53 @@ use std::collections::BTreeMap;
 
 use super::{Item, Mismatch, Profile, Rule, Value};
 
+/// How people call what a profile tells, and what they can do where hosts differ.
+///
+/// The engine knows neither; where `None` is given, it finds general words.
+pub trait Terms {
+    /// The name of a member of the set at `path`: a bit of [`Value::Bits`], counted from 0, or a
+    /// number of [`Value::Numbers`].
+    fn member(&self, path: &str, member: u64) -> Option<String>;
+
+    /// What to do about a mismatch at `path`.
+    fn remedy(&self, path: &str) -> Option<String>;
+}
+
+/// No terms but the general ones.
+struct Plain;
+
+impl Terms for Plain {
+    fn member(&self, _path: &str, _member: u64) -> Option<String> {
+        None
+    }
+
+    fn remedy(&self, _path: &str) -> Option<String> {
+        None
+    }
+}
+
 /// Compares what the source `offered` with what the destination would `have`.
 ///
 /// Gives every mismatch, not the first. An item that only one side knows is a mismatch where the
 /// guest could see it: always if the source has it, under [`Rule::Eq`] if the destination has.
 pub fn agree(offered: &Profile, have: &Profile) -> Result<(), Vec<Mismatch>> {
+    agree_in_terms(offered, have, &Plain)
+}
+
+/// The same as [`agree`], in somebody's terms.
+///
+/// # Errors
+/// Every mismatch.
+pub fn agree_in_terms(
+    offered: &Profile,
+    have: &Profile,
+    terms: &dyn Terms,
+) -> Result<(), Vec<Mismatch>> {
     let here: BTreeMap<_, _> = have.items().iter().map(|item| (&item.path, item)).collect();
     let mut mismatches: Vec<_> = offered
         .items()
         .iter()
-        .filter_map(|item| compare(item, here.get(&item.path).map(|item| &item.value)))
+        .filter_map(|item| compare(item, here.get(&item.path).map(|item| &item.value), terms))
         .collect();
     let there: BTreeMap<_, _> = offered.items().iter().map(|item| (&item.path, item)).collect();
     let surplus =
@@ -27,7 +64,7 @@ pub fn agree(offered: &Profile, have: &Profile) -> Result<(), Vec<Mismatch>> {
     if mismatches.is_empty() { Ok(()) } else { Err(mismatches) }
 }
 
-fn compare(item: &Item, found: Option<&Value>) -> Option<Mismatch> {
+fn compare(item: &Item, found: Option<&Value>, terms: &dyn Terms) -> Option<Mismatch> {
     let (fits, remedy) = match (item.rule, &item.value, found) {
         (Rule::Host, _, _) => return None,
         (_, _, None) => (false, "use the same uvmm and the same devices on both sides".into()),
@@ -37,31 +74,69 @@ fn compare(item: &Item, found: Option<&Value>) -> Option<Mismatch> {
         (Rule::AtLeast, Value::Number(wanted), Some(Value::Number(found))) => {
             (found >= wanted, "choose a host with more".into())
         }
-        (Rule::Subset, Value::Bits(wanted), Some(Value::Bits(found))) => {
-            let missing = missing(wanted, found);
-            let none = missing.iter().all(|&word| word == 0);
-            (none, format!("choose a host that has {}", Value::Bits(missing)))
-        }
-        (Rule::AtLeast | Rule::Subset, _, Some(_)) => {
-            (false, "use the same uvmm on both sides".into())
-        }
+        (Rule::Subset, wanted, Some(found)) => match missing(wanted, found) {
+            Some(missing) => return lacks(item, found, &missing, terms),
+            None => (false, "use the same uvmm on both sides".into()),
+        },
+        (Rule::AtLeast, _, Some(_)) => (false, "use the same uvmm on both sides".into()),
     };
     (!fits).then(|| Mismatch {
         path: item.path.clone(),
         wanted: item.value.to_string(),
         found: found.map_or_else(|| "nothing".into(), Value::to_string),
-        remedy,
+        remedy: terms.remedy(&item.path).filter(|_| found.is_some()).unwrap_or(remedy),
     })
 }
 
-/// The bits of `wanted` that `found` lacks.
-fn missing(wanted: &[u64], found: &[u64]) -> Vec<u64> {
-    let found = found.iter().copied().chain(std::iter::repeat(0));
-    wanted.iter().zip(found).map(|(wanted, found)| wanted & !found).collect()
+/// Tells which members of a set are `missing`, by their names if they have any.
+fn lacks(item: &Item, found: &Value, missing: &Value, terms: &dyn Terms) -> Option<Mismatch> {
+    let members = members(missing);
+    if members.is_empty() {
+        return None;
+    }
+    let name = |&member: &u64| terms.member(&item.path, member);
+    let (wanted, found) = match members.iter().map(name).collect::<Option<Vec<_>>>() {
+        Some(names) => {
+            let found = if names.len() == 1 { "a host without it" } else { "a host without them" };
+            (names.join(", "), found.to_owned())
+        }
+        None => (item.value.to_string(), found.to_string()),
+    };
+    let remedy = || format!("choose a host that has {missing}");
+    let remedy = terms.remedy(&item.path).unwrap_or_else(remedy);
+    Some(Mismatch { path: item.path.clone(), wanted, found, remedy })
+}
+
+/// The members of the set `wanted` that `found` lacks; `None` if those are not two alike sets.
+fn missing(wanted: &Value, found: &Value) -> Option<Value> {
+    match (wanted, found) {
+        (Value::Bits(wanted), Value::Bits(found)) => {
+            let found = found.iter().copied().chain(std::iter::repeat(0));
+            let missing = wanted.iter().zip(found).map(|(wanted, found)| wanted & !found);
+            Some(Value::Bits(missing.collect()))
+        }
+        (Value::Numbers(wanted), Value::Numbers(found)) => Some(Value::Numbers(wanted - found)),
+        _ => None,
+    }
+}
+
+/// The first members of a set, more than anybody reads: a peer may have sent many.
+fn members(set: &Value) -> Vec<u64> {
+    const TOLD: usize = 64;
+    let members: Box<dyn Iterator<Item = u64>> = match set {
+        Value::Bits(words) => Box::new((0..).zip(words).flat_map(|(at, &word)| {
+            (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| at * 64 + bit)
+        })),
+        Value::Numbers(numbers) => Box::new(numbers.iter().copied()),
+        Value::Flag(_) | Value::Number(_) | Value::Text(_) => Box::new(std::iter::empty()),
+    };
+    members.take(TOLD).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -123,6 +198,50 @@ mod tests {
             "cpu/features: wanted 0x000000000000000b, found 0x00000000000000010000000000000009: \
              choose a host that has 0x0000000000000002"
         );
+    }
+
+    struct Named;
+
+    impl Terms for Named {
+        fn member(&self, path: &str, member: u64) -> Option<String> {
+            (path != "unnamed").then(|| format!("m{member}"))
+        }
+
+        fn remedy(&self, path: &str) -> Option<String> {
+            (path == "cpu/msrs").then(|| "mend it".into())
+        }
+    }
+
+    #[test]
+    fn what_a_set_lacks_is_told_by_name() {
+        let wanted = Profile::new()
+            .with("cpu/features", Rule::Subset, vec![0b1011, 1])
+            .with("cpu/msrs", Rule::Subset, BTreeSet::from([7, 9]))
+            .with("unnamed", Rule::Subset, BTreeSet::from([16]));
+        let have = Profile::new()
+            .with("cpu/features", Rule::Subset, vec![0b1001])
+            .with("cpu/msrs", Rule::Subset, BTreeSet::from([8, 9]))
+            .with("unnamed", Rule::Subset, BTreeSet::from([]));
+        let told = agree_in_terms(&wanted, &have, &Named).unwrap_err();
+        let told: Vec<_> = told.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            told,
+            [
+                "cpu/features: wanted m1, m64, found a host without them: choose a host that has \
+                 0x00000000000000010000000000000002",
+                "cpu/msrs: wanted m7, found a host without it: mend it",
+                "unnamed: wanted {0x10}, found {}: choose a host that has {0x10}",
+            ]
+        );
+        agree_in_terms(&wanted, &wanted, &Named).unwrap();
+    }
+
+    #[test]
+    fn however_much_a_peer_wants_it_is_told_in_a_line() {
+        let wanted = Profile::new().with("a", Rule::Subset, vec![u64::MAX; 1 << 16]);
+        let have = Profile::new().with("a", Rule::Subset, vec![]);
+        let told = &agree_in_terms(&wanted, &have, &Named).unwrap_err()[0];
+        assert!(told.wanted.len() < 1000, "{}", told.wanted.len());
     }
 
     proptest! {

@@ -5,9 +5,10 @@
 
 mod agree;
 
+use std::collections::BTreeSet;
 use std::fmt::{self, Write};
 
-pub use agree::agree;
+pub use agree::{Terms, agree, agree_in_terms};
 use serde::{Deserialize, Serialize};
 
 /// The longest text of a mismatch, in characters.
@@ -20,7 +21,7 @@ pub enum Rule {
     Eq,
     /// A number that is as large or larger: capacity that is not shown to the guest.
     AtLeast,
-    /// Every bit of the source is set: features that the guest may use.
+    /// Every member of the source is there: features that the guest may use.
     Subset,
     /// Not compared, only told: what belongs to the host.
     Host,
@@ -37,6 +38,8 @@ pub enum Value {
     Text(String),
     /// A set of features; words that one side lacks are zero.
     Bits(Vec<u64>),
+    /// A set of numbers.
+    Numbers(BTreeSet<u64>),
 }
 
 /// One property of a machine.
@@ -123,6 +126,10 @@ impl fmt::Display for Value {
                 f.write_str("0x")?;
                 words.iter().rev().try_for_each(|word| write!(f, "{word:016x}"))
             }
+            Self::Numbers(numbers) => {
+                let numbers: Vec<_> = numbers.iter().map(|number| format!("{number:#x}")).collect();
+                write!(f, "{{{}}}", numbers.join(", "))
+            }
         }
     }
 }
@@ -148,6 +155,12 @@ impl From<&str> for Value {
 impl From<String> for Value {
     fn from(text: String) -> Self {
         Self::Text(text)
+    }
+}
+
+impl From<BTreeSet<u64>> for Value {
+    fn from(numbers: BTreeSet<u64>) -> Self {
+        Self::Numbers(numbers)
     }
 }
 

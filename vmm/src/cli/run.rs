@@ -7,8 +7,8 @@ use serde::Deserialize;
 
 use super::{Failure, file};
 use crate::config::{
-    Address, Boot, ConfigError, DeviceConfig, HugePages, MachineConfig, RunConfig, SerialMode,
-    Size, VmName,
+    Address, Boot, ConfigError, CpuModel, CpuSource, DeviceConfig, HugePages, MachineConfig,
+    RunConfig, SerialMode, Size, VmName,
 };
 use crate::log;
 
@@ -40,6 +40,11 @@ pub(super) struct RunArgs {
     /// The number of vCPUs, 1 to 8 [default: 1]
     #[arg(long, value_name = "N")]
     cpus: Option<u64>,
+    /// What processors the guest sees: host, x86-64-v2, x86-64-v3, x86-64-v4, or a TOML file with
+    /// base and lists add and remove of features; the same at every host it moves to
+    /// [default: host]
+    #[arg(long, value_name = "CPU")]
+    cpu: Option<CpuSource>,
     /// The number of hot-plug slots for PCI devices, 0 to 31 [default: 4]
     #[arg(long, value_name = "N")]
     pci_slots: Option<u64>,
@@ -85,7 +90,12 @@ impl RunArgs {
             None => self,
         };
         log::begin(args.log.as_deref(), args.verbose)?;
-        let config = args.understand()?;
+        let cpu = match &args.cpu {
+            None => CpuModel::default(),
+            Some(CpuSource::Named(base)) => (*base).into(),
+            Some(CpuSource::File(path)) => file::read(path)?,
+        };
+        let config = args.understand(cpu)?;
         config.check()?;
         Ok(config)
     }
@@ -100,6 +110,7 @@ impl RunArgs {
             cmdline: self.cmdline.or(other.cmdline),
             memory: self.memory.or(other.memory),
             cpus: self.cpus.or(other.cpus),
+            cpu: self.cpu.or(other.cpu),
             pci_slots: self.pci_slots.or(other.pci_slots),
             hugepages: self.hugepages.or(other.hugepages),
             devices: with_others(self.devices, other.devices),
@@ -119,13 +130,17 @@ impl RunArgs {
             Some(Address::Unix(path)) => Some(path),
             _ => None,
         };
+        let cpu = match &mut self.cpu {
+            Some(CpuSource::File(path)) => Some(path),
+            _ => None,
+        };
         let own = [&mut self.kernel, &mut self.initrd, &mut self.log];
-        for path in own.into_iter().flatten().chain(serial).chain(incoming) {
+        for path in own.into_iter().flatten().chain(serial).chain(incoming).chain(cpu) {
             *path = dir.join(&*path);
         }
     }
 
-    fn understand(self) -> Result<RunConfig, ConfigError> {
+    fn understand(self, cpu: CpuModel) -> Result<RunConfig, ConfigError> {
         let default = MachineConfig::default();
         let cpus = self.cpus.unwrap_or(default.cpus.into());
         let pci_slots = self.pci_slots.unwrap_or(default.pci_slots.into());
@@ -136,6 +151,7 @@ impl RunArgs {
                 memory: self.memory.map_or(default.memory, |Size(bytes)| bytes),
                 cpus: u8::try_from(cpus).map_err(|_| ConfigError::Cpus(cpus))?,
                 pci_slots: u8::try_from(pci_slots).map_err(|_| ConfigError::PciSlots(pci_slots))?,
+                cpu,
             },
             hugepages: self.hugepages,
             devices: self.devices,
@@ -160,6 +176,7 @@ fn with_others(mut devices: Vec<DeviceConfig>, others: Vec<DeviceConfig>) -> Vec
 mod tests {
     use super::super::{Cli, Command};
     use super::*;
+    use crate::config::CpuBase;
     use crate::console;
     use clap::{CommandFactory, Parser};
 
@@ -170,7 +187,7 @@ mod tests {
         }
     }
 
-    const FLAGS: [&str; 25] = [
+    const FLAGS: [&str; 27] = [
         "--name",
         "a",
         "--kernel",
@@ -183,6 +200,8 @@ mod tests {
         "1G",
         "--cpus",
         "4",
+        "--cpu",
+        "pool.toml",
         "--pci-slots",
         "2",
         "--hugepages=1G",
@@ -204,6 +223,7 @@ mod tests {
         cmdline = 'c d'
         memory = '1G'
         cpus = 4
+        cpu = 'pool.toml'
         pci_slots = 2
         hugepages = '1G'
         device = [{ type = 'vfio', id = 'n', host = '0000:01:10.0' }]
@@ -225,8 +245,9 @@ mod tests {
     fn what_is_typed_wins_over_the_file() {
         let args = typed(&["--memory", "64M", "--serial", "null"]);
         let merged = args.or(toml::from_str("memory = '1G'\ncpus = 2\npci_slots = 7").unwrap());
-        let config = merged.understand().unwrap();
-        assert_eq!(config.machine, MachineConfig { memory: 64 << 20, cpus: 2, pci_slots: 7 });
+        let config = merged.understand(CpuBase::V2.into()).unwrap();
+        let cpu = CpuBase::V2.into();
+        assert_eq!(config.machine, MachineConfig { memory: 64 << 20, cpus: 2, pci_slots: 7, cpu });
         assert_eq!(config.serial, SerialMode::Null);
     }
 
@@ -243,7 +264,8 @@ mod tests {
             id = 'm'
             host = '03:10.0'
         ";
-        let config = args.or(toml::from_str(file).unwrap()).understand().unwrap();
+        let config =
+            args.or(toml::from_str(file).unwrap()).understand(CpuModel::default()).unwrap();
         let texts: Vec<_> = config.devices.iter().map(ToString::to_string).collect();
         assert_eq!(texts, ["vfio,id=n,host=0000:02:10.0", "vfio,id=m,host=0000:03:10.0"]);
     }
@@ -256,17 +278,18 @@ mod tests {
         assert_eq!(args.kernel, Some("/d/k".into()));
         assert_eq!(args.initrd, Some("/abs".into()));
         assert_eq!(args.log, Some("/d/l".into()));
+        assert_eq!(args.cpu, Some(CpuSource::File("/d/pool.toml".into())));
         assert_eq!(args.serial, Some(SerialMode::File("/d/s".into())));
         assert_eq!(args.incoming, Some(Address::Unix("/d/u".into())));
     }
 
     #[test]
     fn nothing_typed_is_the_default_machine() {
-        let config = typed(&[]).understand().unwrap();
+        let config = typed(&[]).understand(CpuModel::default()).unwrap();
         assert_eq!(config.machine, MachineConfig::default());
         assert_eq!((config.boot, config.serial), (Boot::default(), SerialMode::Stdio));
         assert_eq!(typed(&["--hugepages"]).hugepages, Some(HugePages::Size2M));
-        assert!(typed(&["--cpus", "256"]).understand().is_err());
+        assert!(typed(&["--cpus", "256"]).understand(CpuModel::default()).is_err());
     }
 
     #[test]

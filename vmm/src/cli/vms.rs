@@ -110,6 +110,9 @@ fn page(info: &Info) -> String {
     row("name", info.name.to_string());
     row("state", word(info.state).to_owned());
     row("vCPUs", info.cpus.to_string());
+    if !info.cpu.is_empty() {
+        row("processors", info.cpu.clone());
+    }
     row("memory", Size(info.memory).to_string());
     row("process", info.pid.to_string());
     row("uptime", format!("{:.1?}", Duration::from_millis(info.uptime_ms)));

@@ -1,6 +1,7 @@
 //! What a VM is made of, once everything that was typed is understood and checked.
 
 mod address;
+mod cpu;
 mod device;
 mod host;
 mod name;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use address::{Address, AddressError};
+pub use cpu::{CpuBase, CpuError, CpuFeature, CpuModel, CpuSource};
 pub use device::{
     DeviceConfig, DeviceError, DeviceId, HostDevice, OnTimeout, SLOTS, Strategy, TogetherError,
 };
@@ -84,11 +86,13 @@ pub struct MachineConfig {
     /// The number of slots for PCI devices that come and go, within [`PCI_SLOTS`]; without any
     /// there is no bridge either.
     pub pci_slots: u8,
+    /// What processors the vCPUs are.
+    pub cpu: CpuModel,
 }
 
 impl Default for MachineConfig {
     fn default() -> Self {
-        MachineConfig { memory: 512 << 20, cpus: 1, pci_slots: 4 }
+        MachineConfig { memory: 512 << 20, cpus: 1, pci_slots: 4, cpu: CpuModel::default() }
     }
 }
 
@@ -210,7 +214,7 @@ mod tests {
         RunConfig {
             name: None,
             boot: Boot::default(),
-            machine: MachineConfig { memory, cpus, pci_slots: 4 },
+            machine: MachineConfig { memory, cpus, ..MachineConfig::default() },
             hugepages: None,
             devices: Vec::new(),
             serial: SerialMode::Null,

@@ -115,6 +115,9 @@ pub struct Info {
     pub state: State,
     /// The number of vCPUs.
     pub cpus: u8,
+    /// What processors they are; empty if the VM's uvmm does not tell.
+    #[serde(default)]
+    pub cpu: String,
     /// Guest memory in bytes.
     pub memory: u64,
     /// The process that runs it.

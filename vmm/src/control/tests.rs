@@ -24,6 +24,7 @@ fn info(name: &VmName, state: State) -> Info {
         name: name.clone(),
         state,
         cpus: 1,
+        cpu: "host".into(),
         memory: 1 << 30,
         pid: std::process::id(),
         uptime_ms: 1,

@@ -10,7 +10,10 @@ use kvm_ioctls::{Cap, Kvm};
 
 use super::guest::{self, GuestError, Seen};
 use super::{Check, TRIAL_LIMIT, Verdict};
+use crate::arch::cpuid;
+use crate::arch::model::Processors;
 use crate::cause;
+use crate::config::CpuBase;
 
 const DEVICE: &str = "/dev/kvm";
 /// The only version of the API there has been since Linux 2.6.22.
@@ -29,6 +32,7 @@ pub(super) fn examine() -> Vec<Check> {
     checks.push(tried("VM, irqchip, timer, vCPU", || whole_machine().map(|()| "created".into())));
     checks.extend(guest_checks());
     checks.extend(extensions(&kvm));
+    checks.extend(levels(&kvm));
     checks
 }
 
@@ -157,6 +161,46 @@ fn extensions(kvm: &Kvm) -> Vec<Check> {
         xsave,
         Check::ok("vCPUs", format!("at most {}", kvm.get_max_vcpus())),
     ]
+}
+
+/// Which levels of processors a guest could have here.
+fn levels(kvm: &Kvm) -> Vec<Check> {
+    let level = |(base, what): (CpuBase, &'static str)| {
+        let not = |found: String| {
+            let remedy = format!("guests with --cpu {base} neither start here nor come here");
+            Check::not_ok(what, Verdict::Missing, found, remedy)
+        };
+        match try_level(kvm, base) {
+            Ok(surplus) if surplus.is_empty() => Check::ok(what, "as it is"),
+            Ok(surplus) => {
+                let remedy = "guests can only move to hosts that show these features too";
+                let found = format!("this KVM also shows {}", surplus.join(", "));
+                Check::not_ok(what, Verdict::Limited, found, remedy)
+            }
+            Err(found) => not(found),
+        }
+    };
+    let names = ["processors x86-64-v2", "processors x86-64-v3", "processors x86-64-v4"];
+    CpuBase::LEVELS.into_iter().zip(names).map(level).collect()
+}
+
+/// What a vCPU of that level shows besides; an error tells what the host lacks.
+fn try_level(kvm: &Kvm, base: CpuBase) -> Result<Vec<String>, String> {
+    let failed = |error: kvm_ioctls::Error| error.to_string();
+    let refused = |error: crate::kvm::Error| cause::chain(&error);
+    let vm = kvm.create_vm().map_err(failed)?;
+    // The local APIC is among the features that are shown.
+    vm.create_irq_chip().map_err(failed)?;
+    let vcpu = vm.create_vcpu(0).map_err(failed)?;
+    let host = cpuid::host(kvm, &vcpu).map_err(refused)?;
+    let processors = Processors::new(&host, &base.into()).map_err(refused)?;
+    let lacking = processors.lacking();
+    if !lacking.is_empty() {
+        return Err(format!("lacks {}", lacking.join(", ")));
+    }
+    let cpuid = cpuid::of_vcpu(&processors.cpuid, 0, 1).map_err(refused)?;
+    vcpu.set_cpuid2(&cpuid).map_err(failed)?;
+    Ok(processors.surplus(&cpuid::shown(&vcpu).map_err(refused)?))
 }
 
 /// sizeof(struct kvm_dirty_gfn): the capability's value is the ring's largest size in bytes.

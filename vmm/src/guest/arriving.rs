@@ -1,14 +1,14 @@
 //! A machine on its way in.
 
 use devices::pci::identity::Identity;
-use migration::compat::{Mismatch, Offer, Profile, Rule, Value, agree};
+use migration::compat::{Mismatch, Offer, Profile, Rule, Value, agree_in_terms};
 use migration::guest::{Arriving, Host};
 use migration::plan::StepFailure;
 use migration::ram::Ram;
 use migration::state::{StateError, StateReader, decode_exact};
 
 use super::{Blueprint, Passenger, device_path, regions, with_device};
-use crate::arch::profile::{self, TSC_KHZ};
+use crate::arch::profile::{Platform, ProcessorTerms, TSC_KHZ};
 use crate::cause;
 use crate::config::DeviceConfig;
 use crate::machine::{HostSide, Machine};
@@ -113,10 +113,10 @@ impl Host for Builder {
         let mut machine = Machine::empty(config, &bare).map_err(|error| {
             refusal("host", "a new machine", cause::chain(&error), CHOOSE_ANOTHER)
         })?;
-        let have = profile::of_machine(machine.vm(), machine.tsc_khz(), guest_tsc_khz(offer))
-            .map_err(|error| {
-                refusal("host", "its own features", cause::chain(&error), SAME_UVMM)
-            })?;
+        let (host, built) = (machine.shown(), machine.seen());
+        let have = Platform::of_host(machine.vm(), host, built, guest_tsc_khz(offer))
+            .map_err(|error| refusal("host", "its own features", cause::chain(&error), SAME_UVMM))?
+            .profile();
         let ram = regions(machine.vm().ram());
         if ram != offer.ram {
             return Err(refusal(
@@ -135,7 +135,7 @@ impl Host for Builder {
         let wanted = wanted.fold(Profile::new(), |profile, item| {
             profile.with(item.path.clone(), item.rule, item.value.clone())
         });
-        if let Err(others) = agree(&wanted, &have) {
+        if let Err(others) = agree_in_terms(&wanted, &have, &ProcessorTerms) {
             mismatches.extend(others);
         }
         if !mismatches.is_empty() {

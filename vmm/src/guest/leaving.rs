@@ -12,17 +12,16 @@ use migration::report::Device;
 use migration::state::{StateError, StateWriter};
 
 use super::{Blueprint, Passenger, regions};
-use crate::arch::profile;
+use crate::arch::profile::Platform;
 use crate::config::{DeviceConfig, DeviceId, VmName};
 use crate::control::PlannedDevice;
 use crate::dirty::KvmLog;
-use crate::kvm;
 use crate::machine::Machine;
 use crate::power::PowerSwitch;
 use crate::strategy::{
     Abilities, Choice, Evict, Moving, Pause, StayPaused, WantDirtying, Way, choose,
 };
-use crate::vcpu::{Throttle, Vcpus};
+use crate::vcpu::{self, Throttle, Vcpus};
 
 /// Bytes of state of one vCPU and of everything else, about; extended state can be larger.
 const VCPU_BYTES: u64 = 16 << 10;
@@ -55,14 +54,14 @@ pub(crate) struct Traits {
 /// A machine that cannot leave.
 pub(crate) struct Stays {
     pub(crate) machine: Box<Machine>,
-    pub(crate) error: kvm::Error,
+    pub(crate) error: vcpu::Error,
 }
 
 impl Leaving {
     /// A guest on its way out.
     pub(crate) fn new(machine: Machine, traits: Traits) -> Result<Self, Stays> {
-        let profile = match profile::of_machine(machine.vm(), machine.tsc_khz(), None) {
-            Ok(profile) => profile,
+        let profile = match machine.used_msrs() {
+            Ok(msrs) => Platform::of_guest(machine.vm(), machine.seen(), msrs).profile(),
             Err(error) => return Err(Stays { machine: Box::new(machine), error }),
         };
         let mut dirty = DirtySet::new();
@@ -116,7 +115,8 @@ impl Leaving {
             )?;
             chosen.push((device.clone(), slot, choice));
         }
-        Ok((!chosen.is_empty()).then(|| Moving::new(slots.clone(), chosen)))
+        Ok((!chosen.is_empty())
+            .then(|| Moving::new(slots.clone(), self.machine.power().clone(), chosen)))
     }
 
     /// The steps that the devices need.

@@ -34,6 +34,36 @@ pub(crate) enum Error {
     /// More CPUID entries than KVM takes.
     #[error("{0} CPUID entries are more than KVM takes")]
     TooManyCpuidEntries(usize),
+    /// Processors that this host cannot give.
+    #[error(
+        "this host cannot give a guest the processors {model}, as it lacks {lacking}: choose \
+         another --cpu ('uvmm doctor' tells what there is) or another host"
+    )]
+    CpuLacks {
+        /// What was asked for.
+        model: String,
+        /// The features that are not there, by name.
+        lacking: String,
+    },
+    /// Processors that nobody could make.
+    #[error("{feature} is nothing without {needed}: add both to the processors or none")]
+    CpuNeeds {
+        /// What was asked for.
+        feature: String,
+        /// What was not.
+        needed: &'static str,
+    },
+    /// More RAM than the guest's processors can address.
+    #[error(
+        "guest memory ends at {end:#x}, which processors with {bits} address bits do not reach: \
+         ask for less, or for --cpu host"
+    )]
+    AddressBits {
+        /// The address after the last byte of RAM.
+        end: u64,
+        /// Bits of a physical address.
+        bits: u8,
+    },
     /// More model-specific registers than KVM takes at once.
     #[error("{0} model-specific registers are more than KVM takes at once")]
     TooManyMsrs(usize),
@@ -46,7 +76,7 @@ pub(crate) enum Error {
         value: u64,
     },
     /// An extended processor state of a size that this host does not use.
-    #[error("the extended processor state has {found} bytes, this host's KVM uses {want}")]
+    #[error("the extended processor state has {found} bytes, this host's KVM has room for {want}")]
     XsaveSize {
         /// Bytes that this host's KVM uses.
         want: usize,

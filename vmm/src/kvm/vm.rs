@@ -12,7 +12,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Error, dirty_log};
-use crate::arch::{cpuid, layout};
+use crate::arch::layout;
 use crate::memory::Ram;
 
 /// A KVM virtual machine with RAM and in-kernel interrupt controllers.
@@ -69,10 +69,21 @@ impl Vm {
         &self.ram
     }
 
-    /// The memory above all RAM that PCI functions may decode, if this host's vCPUs reach that far.
-    pub(crate) fn pci_memory_64(&self) -> Result<Option<Range<u64>>, Error> {
+    /// The memory above all RAM that PCI functions may decode, if vCPUs whose physical addresses
+    /// have `address_bits` reach that far.
+    pub(crate) fn pci_memory_64(&self, address_bits: u8) -> Option<Range<u64>> {
         let bytes = self.ram.iter().map(GuestMemoryRegion::len).sum();
-        Ok(layout::pci_memory_64(bytes, cpuid::address_bits(&self.kvm)?))
+        layout::pci_memory_64(bytes, address_bits)
+    }
+
+    /// Whether vCPUs whose physical addresses have `bits` reach all RAM.
+    pub(crate) fn check_reach(&self, bits: u8) -> Result<(), Error> {
+        let end = self.ram.iter().map(|region| region.start_addr().0 + region.len()).max();
+        let reach = 1_u64.checked_shl(bits.into()).unwrap_or(u64::MAX);
+        match end {
+            Some(end) if end > reach => Err(Error::AddressBits { end, bits }),
+            _ => Ok(()),
+        }
     }
 
     pub(crate) fn create_vcpu(&self, index: u8) -> Result<VcpuFd, Error> {

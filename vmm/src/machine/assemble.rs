@@ -11,11 +11,14 @@ use devices::legacy::rtc::{self, Rtc};
 use devices::legacy::serial::{self, Serial};
 use devices::pci::host;
 use devices::pci::topology::PlaceError;
+use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 
 use super::assigned::{self, Assigned};
 use super::pci::{Around, Pci};
 use super::{Alarm, Device, HostEnds, Machine, Parts};
+use crate::arch::model::Processors;
+use crate::arch::vcpu::Seen;
 use crate::arch::{acpi, cpuid, layout, mptable, msr, regs};
 use crate::boot;
 use crate::config::{Boot, DeviceConfig, HugePages, MachineConfig};
@@ -86,8 +89,12 @@ impl Machine {
         boot: &Boot,
         host: &HostSide,
     ) -> Result<Self, Error> {
-        Self::assemble(config, host, |vm, first| {
-            let (ram, window) = (vm.ram(), vm.pci_memory_64()?);
+        Self::assemble(config, host, |vm, first, processors| {
+            processors.check()?;
+            processors.tell_surplus(&cpuid::shown(first)?);
+            let bits = cpuid::address_bits(&processors.cpuid);
+            vm.check_reach(bits)?;
+            let (ram, window) = (vm.ram(), vm.pci_memory_64(bits));
             let rsdp = acpi::write(ram, config.cpus, window.as_ref()).map_err(Error::Tables)?;
             mptable::write(ram, config.cpus).map_err(Error::Tables)?;
             let entry = boot::load(ram, boot, rsdp)?;
@@ -96,21 +103,23 @@ impl Machine {
     }
 
     /// A machine that waits for a state and the content of its RAM.
+    ///
+    /// Its processors have no more than this host gives, whatever was asked for: the state brings
+    /// those that its guest knows.
     pub(crate) fn empty(config: &MachineConfig, host: &HostSide) -> Result<Self, Error> {
-        Self::assemble(config, host, |_, _| Ok(()))
+        Self::assemble(config, host, |_, _, _| Ok(()))
     }
 
     /// Builds the machine; `load` fills its RAM and readies its first vCPU.
     fn assemble(
         config: &MachineConfig,
         host: &HostSide,
-        load: impl FnOnce(&Vm, &VcpuFd) -> Result<(), Error>,
+        load: impl FnOnce(&Vm, &VcpuFd, &Processors) -> Result<(), Error>,
     ) -> Result<Self, Error> {
         let ram = memory::allocate(config.memory, host.hugepages)?;
         let vm = Arc::new(Vm::new(ram)?);
-        let fds = create_vcpus(&vm, config.cpus)?;
-        let tsc_khz = fds[0].get_tsc_khz().map_err(kvm::Error::ioctl("KVM_GET_TSC_KHZ"))?;
-        load(&vm, &fds[0])?;
+        let NewVcpus { fds, shown, processors, seen } = create_vcpus(&vm, config)?;
+        load(&vm, &fds[0], &processors)?;
 
         let power = Arc::new(PowerSwitch::new(host.events.clone()));
         let (alarm, room) = (host.alarm.clone(), host.room.clone());
@@ -134,7 +143,7 @@ impl Machine {
             mmio: &mmio,
             lines: layout::PCI_GSIS.map(|gsi| line(gsi) as Arc<dyn Line>).collect(),
             messages: messages.clone(),
-            memory_64: vm.pci_memory_64()?,
+            memory_64: vm.pci_memory_64(cpuid::address_bits(&seen.cpuid)),
             reset: reset.clone(),
         };
         let Pci { ports, ecam, slots, saved: pci } = Pci::new(config.pci_slots, around)?;
@@ -163,7 +172,8 @@ impl Machine {
             assigned,
             vm,
             config: config.clone(),
-            tsc_khz,
+            shown,
+            seen,
             running: false,
             exits,
             host_ends,
@@ -201,16 +211,34 @@ fn insert(
     bus.insert(base, size, device).map_err(|source| Error::Bus { address: name.to_owned(), source })
 }
 
-/// vCPUs as a PC's firmware would leave them.
-fn create_vcpus(vm: &Vm, count: u8) -> Result<Vec<VcpuFd>, Error> {
-    let cpuid = cpuid::host(vm.kvm())?;
-    (0..count)
-        .map(|index| {
-            let fd = vm.create_vcpu(index)?;
-            fd.set_cpuid2(&cpuid::of_vcpu(&cpuid, index, count)?)
-                .map_err(kvm::Error::ioctl("KVM_SET_CPUID2"))?;
-            msr::reset(&fd)?;
-            Ok(fd)
-        })
-        .collect()
+/// vCPUs that have not run, and what they show.
+struct NewVcpus {
+    fds: Vec<VcpuFd>,
+    /// What this host could show.
+    shown: Seen,
+    processors: Processors,
+    seen: Seen,
+}
+
+fn create_vcpus(vm: &Vm, config: &MachineConfig) -> Result<NewVcpus, Error> {
+    let fds: Vec<_> =
+        (0..config.cpus).map(|index| vm.create_vcpu(index)).collect::<Result<_, _>>()?;
+    let first = &fds[0];
+    let host_cpuid = cpuid::host(vm.kvm(), first)?;
+    let processors = Processors::new(&host_cpuid, &config.cpu)?;
+    ready_vcpus(&fds, &processors.cpuid)?;
+    let tsc_khz = first.get_tsc_khz().map_err(kvm::Error::ioctl("KVM_GET_TSC_KHZ"))?;
+    let seen = Seen { cpuid: cpuid::shown(first)?, tsc_khz };
+    Ok(NewVcpus { fds, shown: Seen { cpuid: host_cpuid, tsc_khz }, processors, seen })
+}
+
+/// Makes new vCPUs what a PC's firmware would leave, with processors of `cpuid`.
+fn ready_vcpus(fds: &[VcpuFd], cpuid: &CpuId) -> Result<(), Error> {
+    let count = u8::try_from(fds.len()).expect("no more than were asked for");
+    for (index, fd) in (0..).zip(fds) {
+        fd.set_cpuid2(&cpuid::of_vcpu(cpuid, index, count)?)
+            .map_err(kvm::Error::ioctl("KVM_SET_CPUID2"))?;
+        msr::reset(fd)?;
+    }
+    Ok(())
 }

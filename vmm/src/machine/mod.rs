@@ -5,7 +5,7 @@ mod assemble;
 mod assigned;
 mod pci;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,11 +24,11 @@ pub(crate) use assigned::Assigned;
 
 use crate::arch::clock::{self, ClockV1};
 use crate::arch::irqchip::{self, IrqchipV1};
-use crate::arch::vcpu::VcpuV1;
+use crate::arch::vcpu::{Seen, VcpuV1};
 use crate::config::{DeviceId, MachineConfig};
 use crate::kvm::Vm;
 use crate::power::PowerSwitch;
-use crate::vcpu::{self, Exits, Vcpus};
+use crate::vcpu::{self, Exits, Vcpu, Vcpus};
 
 /// A machine. Its vCPUs stand until [`Machine::resume`].
 pub(crate) struct Machine {
@@ -41,8 +41,10 @@ pub(crate) struct Machine {
     assigned: Assigned,
     vm: Arc<Vm>,
     config: MachineConfig,
-    /// The frequency that the vCPUs' time-stamp counters started with.
-    tsc_khz: u32,
+    /// What this host could show of processors.
+    shown: Seen,
+    /// What the guest sees of its processors.
+    seen: Seen,
     running: bool,
     exits: Arc<Exits>,
     host_ends: HostEnds,
@@ -92,8 +94,20 @@ impl Machine {
         &self.vcpus
     }
 
-    pub(crate) fn tsc_khz(&self) -> u32 {
-        self.tsc_khz
+    /// What the guest sees of its processors.
+    pub(crate) fn seen(&self) -> &Seen {
+        &self.seen
+    }
+
+    /// What this host could show of processors.
+    pub(crate) fn shown(&self) -> &Seen {
+        &self.shown
+    }
+
+    /// The model-specific registers that any of its vCPUs has in use now.
+    pub(crate) fn used_msrs(&self) -> Result<BTreeSet<u32>, vcpu::Error> {
+        let each = self.vcpus.iter().map(Vcpu::used_msrs);
+        Ok(each.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
     }
 
     /// What is turned to the host.
@@ -173,7 +187,8 @@ impl Machine {
         for (address, device) in &self.devices {
             device.save(out.at(address.clone()))?;
         }
-        let clock = clock::read(self.vm.fd(), self.tsc_khz).map_err(owner("save the clock"))?;
+        let clock =
+            clock::read(self.vm.fd(), self.shown.tsc_khz).map_err(owner("save the clock"))?;
         out.at("clock").put(&clock)
     }
 
@@ -182,7 +197,11 @@ impl Machine {
         let mut tsc_offsets = Vec::new();
         for (index, vcpu) in self.vcpus.iter().enumerate() {
             let state: VcpuV1 = from.at(format!("vcpu/{index}")).take()?;
-            tsc_offsets.push(state.unscaled_tsc_offset(self.tsc_khz));
+            let seen = state.seen(&self.shown.cpuid).map_err(owner("take the vCPU"))?;
+            if index == 0 {
+                self.seen = seen;
+            }
+            tsc_offsets.push(state.unscaled_tsc_offset(self.shown.tsc_khz));
             vcpu.load(state).map_err(owner("load the vCPU"))?;
         }
         let irqchip: IrqchipV1 = from.at("irqchip").take()?;
@@ -200,7 +219,8 @@ impl Machine {
 
     /// Sets KVM's clock, and then the time-stamp counters to where they were beside it.
     fn load_clocks(&self, clock: &ClockV1, tsc_offsets: &[Option<u64>]) -> Result<(), vcpu::Error> {
-        let here = clock::set(self.vm.fd(), clock, self.tsc_khz).map_err(vcpu::Error::Clock)?;
+        let here =
+            clock::set(self.vm.fd(), clock, self.shown.tsc_khz).map_err(vcpu::Error::Clock)?;
         let Some(shift) = clock.shift(&here) else { return Ok(()) };
         for (vcpu, offset) in self.vcpus.iter().zip(tsc_offsets) {
             // Where one side cannot tell, the counters stay as they were loaded with the vCPU.

@@ -58,6 +58,7 @@ impl Session {
             name: self.claim.name().clone(),
             state,
             cpus: self.shape.cpus,
+            cpu: self.shape.cpu.to_string(),
             memory: self.shape.memory,
             pid: std::process::id(),
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),

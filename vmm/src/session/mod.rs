@@ -247,7 +247,11 @@ impl Session {
         match &mut self.tenant {
             Tenant::Leaving { underway, after, .. } => {
                 underway.cancel.cancel();
-                *after = next;
+                // What the user wants comes before what the guest wants, and of that the first.
+                let by_user = matches!(next, Next::End(Ending::Quit | Ending::Signal(_)));
+                if by_user || *after == Next::Stay {
+                    *after = next;
+                }
                 Next::Stay
             }
             _ => next,
@@ -262,7 +266,14 @@ impl Session {
         let (outcome, guest) = departure.conclude();
         match outcome {
             Outcome::Gone => return Next::End(Ending::Migrated),
-            Outcome::Stayed => self.tenant = self.stays(guest),
+            Outcome::Stayed => {
+                let given = self.host.devices.clone();
+                self.tenant = self.stays(guest);
+                // A guest that boots again gets what the user gave it.
+                if after == Next::Boot {
+                    self.host.devices = given;
+                }
+            }
             Outcome::Undecided(what, handover) => {
                 let guest = Box::new(guest);
                 self.tenant = Tenant::Undecided { guest, what, since: stopped, handover };

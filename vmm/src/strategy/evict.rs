@@ -87,7 +87,7 @@ pub(super) fn evict(
 /// Gives the guest those of `devices` that it has not, all at once.
 pub(super) fn give_back(moving: &Moving, devices: &[(DeviceId, u8)]) {
     let mut unstopped = Ok(());
-    at_once(devices, &mut unstopped, &mut || Ok(()), |(id, slot), stop| {
+    at_once(devices, &mut unstopped, &mut || moving.check_power(), |(id, slot), stop| {
         let function = moving.take(id).or_else(|| half_done(moving.slots(), *slot));
         let Some(function) = function else { return };
         let tell = &mut |_| {};

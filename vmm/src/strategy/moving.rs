@@ -10,12 +10,14 @@ use migration::report::Device;
 
 use super::{Choice, Way};
 use crate::config::{DeviceConfig, DeviceId};
+use crate::power::PowerSwitch;
 
 /// The assigned devices of a guest that is on its way: the steps of the plan and whoever reports
 /// share it.
 #[derive(Clone)]
 pub(crate) struct Moving {
     slots: Arc<Slots>,
+    power: Arc<PowerSwitch>,
     /// Whether the devices may work longer because the guest promised to tell what they write.
     promised: bool,
     passengers: Arc<Mutex<Vec<Passenger>>>,
@@ -36,7 +38,11 @@ pub(crate) struct Passenger {
 
 impl Moving {
     /// Devices behind `slots`: each with its slot, and how it is to move.
-    pub(crate) fn new(slots: Arc<Slots>, devices: Vec<(DeviceConfig, u8, Choice)>) -> Self {
+    pub(crate) fn new(
+        slots: Arc<Slots>,
+        power: Arc<PowerSwitch>,
+        devices: Vec<(DeviceConfig, u8, Choice)>,
+    ) -> Self {
         let passenger = |(config, slot, choice)| Passenger {
             config,
             slot,
@@ -47,7 +53,7 @@ impl Moving {
         };
         let passengers = devices.into_iter().map(passenger).collect();
         let promised = slots.block().dirtying_active;
-        Self { slots, promised, passengers: Arc::new(Mutex::new(passengers)) }
+        Self { slots, power, promised, passengers: Arc::new(Mutex::new(passengers)) }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Vec<Passenger>> {
@@ -72,6 +78,11 @@ impl Moving {
                 .into());
         }
         Ok(())
+    }
+
+    /// Fails if the guest switched itself off or asked for a reset: it answers nothing any more.
+    pub(super) fn check_power(&self) -> Result<(), StepFailure> {
+        if self.power.is_used() { Err("the guest is off".into()) } else { Ok(()) }
     }
 
     /// How they move.

@@ -99,6 +99,7 @@ impl Step for StayPaused {
     }
 
     fn enter(&mut self, _meanwhile: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
+        self.0.check_promise()?;
         let numbers: Vec<u8> = self.0.by(Way::Pause).into_iter().map(|(_, slot)| slot).collect();
         let devices = self.0.slots().mask(&numbers)?;
         if devices & !self.0.slots().block().paused == 0 {

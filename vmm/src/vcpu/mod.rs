@@ -70,6 +70,7 @@ enum Command {
     Pause(Sender<()>),
     Rest(Duration),
     Save(Sender<Result<VcpuV1, kvm::Error>>),
+    UsedMsrs(Sender<Result<Vec<u32>, kvm::Error>>),
     Load(Box<VcpuV1>, Sender<Result<(), kvm::Error>>),
     SetTscOffset(u64, Sender<Result<(), kvm::Error>>),
     Exit,
@@ -126,6 +127,12 @@ impl Vcpu {
     pub(crate) fn save(&self) -> Result<VcpuV1, Error> {
         let state = self.answer(&self.ask(Command::Save)?)?;
         state.map_err(|source| Error::Kvm(self.index, source))
+    }
+
+    /// The model-specific registers that it has in use now. It may run.
+    pub(crate) fn used_msrs(&self) -> Result<Vec<u32>, Error> {
+        let msrs = self.answer(&self.ask(Command::UsedMsrs)?)?;
+        msrs.map_err(|source| Error::Kvm(self.index, source))
     }
 
     /// Replaces its state. It must never have run.

@@ -13,7 +13,7 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{Command, signal};
-use crate::arch::{msr, vcpu};
+use crate::arch::vcpu;
 use crate::event::{Event, Events};
 use crate::kvm::{Vm, tsc};
 
@@ -70,6 +70,9 @@ impl Runner {
                 Some(Command::Pause(reply)) => self.pause(&reply),
                 Some(Command::Rest(time)) => self.rest = self.running.then_some(time),
                 Some(Command::Save(reply)) => drop(reply.send(self.save())),
+                Some(Command::UsedMsrs(reply)) => {
+                    drop(reply.send(vcpu::used_msrs(self.vm.kvm(), &self.fd)));
+                }
                 Some(Command::Load(state, reply)) => {
                     drop(reply.send(vcpu::load(self.vm.kvm(), &self.fd, *state)));
                 }
@@ -110,8 +113,7 @@ impl Runner {
     }
 
     fn save(&self) -> Result<vcpu::VcpuV1, crate::kvm::Error> {
-        let msrs = msr::of_state(self.vm.kvm())?;
-        vcpu::save(self.vm.kvm(), &self.fd, &msrs)
+        vcpu::save(self.vm.kvm(), &self.fd)
     }
 
     /// Finishes an instruction that waits for the result of its exit: KVM does so at the next

@@ -1,8 +1,9 @@
 //! What the guest's CPUID instruction answers.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
+use super::feature::Features;
 use crate::kvm::Error;
 
 /// Leaf 1, ECX: VMX.
@@ -23,20 +24,37 @@ const TOPOEXT: u32 = 1 << 22;
 const KVM_FEATURES: u32 = 0x4000_0001;
 const ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
-/// How many bits a physical address has on the vCPUs of this host.
-pub(crate) fn address_bits(kvm: &Kvm) -> Result<u8, Error> {
+/// How many bits a physical address has on processors that `cpuid` tells of.
+pub(crate) fn address_bits(cpuid: &CpuId) -> u8 {
     /// What a processor without that leaf has (AMD APM 3, E.4.8).
     const LEAST: u8 = 36;
-    let cpuid = host(kvm)?;
     let leaf = cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
-    Ok(leaf.map_or(LEAST, |entry| entry.eax.to_le_bytes()[0]))
+    leaf.map_or(LEAST, |entry| entry.eax.to_le_bytes()[0])
 }
 
-/// What this host's KVM can show any guest of ours, the same for all its vCPUs.
+/// What this host can show a guest of ours: what its KVM supports, and what it shows on `vcpu`
+/// besides, which must be new.
+///
+/// A KVM that runs guests without the processor's help cannot hide features that programs ask the
+/// processor itself for: it shows them though it was not told to, and does not list them.
+pub(crate) fn host(kvm: &Kvm, vcpu: &VcpuFd) -> Result<CpuId, Error> {
+    let mut cpuid = supported(kvm)?;
+    vcpu.set_cpuid2(&cpuid).map_err(Error::ioctl("KVM_SET_CPUID2"))?;
+    let shown = Features::of(&shown(vcpu)?).lasting();
+    Features::of(&cpuid).with(shown).write(&mut cpuid);
+    Ok(cpuid)
+}
+
+/// What `vcpu` shows.
+pub(crate) fn shown(vcpu: &VcpuFd) -> Result<CpuId, Error> {
+    vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(Error::ioctl("KVM_GET_CPUID2"))
+}
+
+/// What this host's KVM says that it can show any guest of ours, the same for all its vCPUs.
 ///
 /// Nested virtualisation is hidden: a guest that runs guests has state that is not saved. So are
 /// asynchronous page faults: which of them are under way only KVM knows, and it does not tell.
-pub(crate) fn host(kvm: &Kvm) -> Result<CpuId, Error> {
+fn supported(kvm: &Kvm) -> Result<CpuId, Error> {
     let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(Error::ioctl("KVM_GET_SUPPORTED_CPUID"))?;

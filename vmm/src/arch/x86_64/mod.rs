@@ -3,8 +3,11 @@
 pub(crate) mod acpi;
 pub(crate) mod clock;
 pub(crate) mod cpuid;
+pub(crate) mod extended;
+pub(crate) mod feature;
 pub(crate) mod irqchip;
 pub(crate) mod layout;
+pub(crate) mod model;
 pub(crate) mod mptable;
 pub(crate) mod msr;
 mod pci_aml;

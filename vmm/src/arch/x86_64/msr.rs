@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
+use super::feature::Features;
 use crate::kvm::Error;
 
 /// The time-stamp counter.
@@ -37,7 +38,8 @@ fn is_derived(index: u32) -> bool {
     matches!(index, MTRR_CAP | MCG_CAP | 0x4000_0000..=0x4000_01ff)
 }
 
-/// The indices that make up a vCPU's state, the deadline last: it counts only in deadline mode.
+/// The indices that make up a vCPU's state on this host, the deadline last: it counts only in
+/// deadline mode.
 pub(crate) fn of_state(kvm: &Kvm) -> Result<Vec<u32>, Error> {
     let listed = kvm.get_msr_index_list().map_err(Error::ioctl("KVM_GET_MSR_INDEX_LIST"))?;
     let indices: BTreeSet<u32> =
@@ -45,6 +47,22 @@ pub(crate) fn of_state(kvm: &Kvm) -> Result<Vec<u32>, Error> {
     let (deadline, others): (Vec<_>, Vec<_>) =
         indices.into_iter().partition(|&i| i == TSC_DEADLINE);
     Ok(others.into_iter().chain(deadline).collect())
+}
+
+/// Those of [`of_state`] that a guest can have which `cpuid` is for: KVM gives its user some that
+/// it hides from the guest.
+pub(crate) fn of_guest(kvm: &Kvm, cpuid: &CpuId) -> Result<Vec<u32>, Error> {
+    const ARCH_CAPABILITIES: u32 = 0x10a;
+    const PERF_CAPABILITIES: u32 = 0x345;
+    let features = Features::of(cpuid);
+    let has = |name| features.has(Features::named(name));
+    let mut indices = of_state(kvm)?;
+    indices.retain(|&index| match index {
+        ARCH_CAPABILITIES => has("arch_capabilities"),
+        PERF_CAPABILITIES => has("pdcm"),
+        _ => true,
+    });
+    Ok(indices)
 }
 
 /// Reads those of `indices` that this vCPU has.

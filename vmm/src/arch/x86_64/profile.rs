@@ -1,73 +1,160 @@
-//! What of this host's processors a guest depends on: compared before anything moves.
+//! What a guest depends on of processors: compared before anything moves.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::Cap;
-use migration::compat::{Profile, Rule};
+use migration::compat::{Profile, Rule, Terms};
 
-use super::{cpuid, vcpu};
+use super::extended::{self, Part};
+use super::feature::{Features, WORDS};
+use super::vcpu::{self, Seen};
+use super::{cpuid, msr};
 use crate::kvm::{Error, Vm};
-
-/// The registers of CPUID that are sets of features: leaf, index, and which of EAX, EBX, ECX, EDX.
-const FEATURES: [(u32, u32, [bool; 4]); 8] = [
-    (0x1, 0, [false, false, true, true]),
-    (0x7, 0, [false, true, true, true]),
-    (0x7, 1, [true, true, true, true]),
-    (0xd, 0, [true, false, false, true]),
-    (0xd, 1, [true, false, false, false]),
-    (0x4000_0001, 0, [true, false, false, false]),
-    (0x8000_0001, 0, [false, false, true, true]),
-    (0x8000_0008, 0, [false, true, false, false]),
-];
-
-/// What a machine on this host depends on.
-///
-/// `tsc_khz` is the frequency that its vCPUs start with. A destination names the one that the
-/// guest knows, as `guest_tsc_khz`: it reports that very frequency if it is its own, as far as KVM
-/// tells them apart, or if it can scale to it.
-pub(crate) fn of_machine(
-    vm: &Vm,
-    tsc_khz: u32,
-    guest_tsc_khz: Option<u64>,
-) -> Result<Profile, Error> {
-    let cpuid = cpuid::host(vm.kvm())?;
-    let own = u64::from(tsc_khz);
-    let scales = vm.kvm().check_extension(Cap::TscControl);
-    let tsc_khz = guest_tsc_khz.filter(|&khz| scales || vcpu::is_same_tsc(own, khz)).unwrap_or(own);
-    let mut profile = Profile::new()
-        .with("cpu/architecture", Rule::Eq, "x86-64")
-        .with("cpu/vendor", Rule::Eq, vendor(&cpuid))
-        .with("cpu/xsave-bytes", Rule::Eq, vcpu::xsave_bytes(vm.kvm()) as u64)
-        .with(TSC_KHZ, Rule::Eq, tsc_khz)
-        .with("pci/memory-64", Rule::Eq, pci_memory(vm)?);
-    for (function, index, registers) in FEATURES {
-        let leaf = leaf(&cpuid, function, index);
-        let values = [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx];
-        let features = values.into_iter().zip(registers).filter(|(_, is_set)| *is_set);
-        let bits: Vec<_> = features.map(|(value, _)| u64::from(value)).collect();
-        profile = profile.with(format!("cpu/cpuid-{function:x}.{index}"), Rule::Subset, bits);
-    }
-    Ok(profile)
-}
-
-/// Where 64-bit base address registers can be, which depends on the host's processors.
-fn pci_memory(vm: &Vm) -> Result<String, Error> {
-    Ok(vm
-        .pci_memory_64()?
-        .map_or("none".to_owned(), |range| format!("{:#x}..{:#x}", range.start, range.end)))
-}
 
 /// The path of the TSC's frequency in a profile.
 pub(crate) const TSC_KHZ: &str = "cpu/tsc-khz";
+const VENDOR: &str = "cpu/vendor";
+const FEATURES: &str = "cpu/features/";
+const EXTENDED: &str = "cpu/xsave";
+const XSAVE_BYTES: &str = "cpu/xsave-bytes";
+const MSRS: &str = "cpu/msrs";
+const ADDRESS_BITS: &str = "cpu/address-bits";
+const PCI_MEMORY: &str = "pci/memory-64";
+
+/// What there is of processors and around them: what a guest knows, or what a host could show.
+#[derive(Debug, Clone)]
+pub(crate) struct Platform {
+    cpuid: CpuId,
+    /// Bytes of extended state.
+    xsave_bytes: usize,
+    tsc_khz: u64,
+    /// Model-specific registers: those that a guest uses, or that a host has.
+    msrs: BTreeSet<u64>,
+    /// Where 64-bit base address registers can be.
+    pci_memory: Option<Range<u64>>,
+}
+
+impl Platform {
+    /// What the guest in `vm` depends on, that has `msrs` in use.
+    pub(crate) fn of_guest(vm: &Vm, seen: &Seen, msrs: impl IntoIterator<Item = u32>) -> Self {
+        Self {
+            cpuid: seen.cpuid.clone(),
+            xsave_bytes: vcpu::guest_xsave_bytes(&seen.cpuid),
+            tsc_khz: seen.tsc_khz.into(),
+            msrs: msrs.into_iter().map(u64::from).collect(),
+            pci_memory: pci_memory(vm, seen),
+        }
+    }
+
+    /// What a host that can show `host` could give to a guest in `vm`, whose vCPUs were made as they
+    /// were `built`.
+    ///
+    /// If the guest knows a TSC of `guest_tsc_khz`, the host has that very frequency if it is its
+    /// own, as far as KVM tells them apart, or if it can scale to it.
+    pub(crate) fn of_host(
+        vm: &Vm,
+        host: &Seen,
+        built: &Seen,
+        guest_tsc_khz: Option<u64>,
+    ) -> Result<Self, Error> {
+        let own = u64::from(host.tsc_khz);
+        let scales = vm.kvm().check_extension(Cap::TscControl);
+        Ok(Self {
+            cpuid: host.cpuid.clone(),
+            xsave_bytes: vcpu::xsave_bytes(vm.kvm()),
+            tsc_khz: tsc_khz(own, scales, guest_tsc_khz),
+            msrs: msr::of_state(vm.kvm())?.into_iter().map(u64::from).collect(),
+            pci_memory: pci_memory(vm, built),
+        })
+    }
+
+    /// The same as items to compare.
+    pub(crate) fn profile(&self) -> Profile {
+        let Self { cpuid, xsave_bytes, tsc_khz, msrs, pci_memory } = self;
+        let pci_memory = pci_memory
+            .as_ref()
+            .map_or("none".to_owned(), |range| format!("{:#x}..{:#x}", range.start, range.end));
+        let extended: BTreeSet<_> = extended::parts(cpuid).into_iter().map(Part::code).collect();
+        let profile = Profile::new()
+            .with("cpu/architecture", Rule::Eq, "x86-64")
+            .with(VENDOR, Rule::Eq, vendor(cpuid))
+            .with(ADDRESS_BITS, Rule::AtLeast, u64::from(cpuid::address_bits(cpuid)))
+            .with(EXTENDED, Rule::Subset, extended)
+            .with(XSAVE_BYTES, Rule::AtLeast, *xsave_bytes as u64)
+            .with(TSC_KHZ, Rule::Eq, *tsc_khz)
+            .with(MSRS, Rule::Subset, msrs.clone())
+            .with(PCI_MEMORY, Rule::Eq, pci_memory);
+        Features::of(cpuid).lasting().words().fold(profile, |profile, (word, bits)| {
+            profile.with(format!("{FEATURES}{word}"), Rule::Subset, vec![u64::from(bits)])
+        })
+    }
+}
+
+fn pci_memory(vm: &Vm, seen: &Seen) -> Option<Range<u64>> {
+    vm.pci_memory_64(cpuid::address_bits(&seen.cpuid))
+}
+
+/// The frequency that a host whose `own` is this gives to a guest.
+fn tsc_khz(own: u64, scales: bool, guest: Option<u64>) -> u64 {
+    guest.filter(|&khz| scales || vcpu::is_same_tsc(own, khz)).unwrap_or(own)
+}
 
 fn vendor(cpuid: &CpuId) -> String {
-    let leaf = leaf(cpuid, 0, 0);
+    let mut entries = cpuid.as_slice().iter();
+    let leaf: kvm_cpuid_entry2 = entries.find(|e| e.function == 0).copied().unwrap_or_default();
     let text: Vec<u8> =
         [leaf.ebx, leaf.edx, leaf.ecx].iter().flat_map(|r| r.to_le_bytes()).collect();
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// A leaf; one that the host lacks reads as zeros.
-fn leaf(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
-    let mut entries = cpuid.as_slice().iter();
-    entries.find(|e| e.function == function && e.index == index).copied().unwrap_or_default()
+/// The names of processors' features, and what helps where hosts differ.
+pub(crate) struct ProcessorTerms;
+
+impl Terms for ProcessorTerms {
+    fn member(&self, path: &str, member: u64) -> Option<String> {
+        match path {
+            EXTENDED => Some(Part::describe(member)),
+            MSRS => Some(format!("{member:#x}")),
+            _ => {
+                let word = path.strip_prefix(FEATURES)?;
+                let word = WORDS.iter().find(|known| known.name() == word)?;
+                Some(word.feature(member))
+            }
+        }
+    }
+
+    fn remedy(&self, path: &str) -> Option<String> {
+        Some(
+            match path {
+                VENDOR => "choose a host with processors of the same maker",
+                TSC_KHZ => {
+                    "this host cannot scale: choose one that can ('uvmm doctor' tells) or that \
+                     has this frequency"
+                }
+                MSRS => {
+                    "use a kernel as new as the source's, or choose a host with processors more \
+                     like the source's"
+                }
+                EXTENDED | XSAVE_BYTES => {
+                    "choose a host with processors more like the source's, or start the guest \
+                     with a --cpu that leaves these features out"
+                }
+                ADDRESS_BITS | PCI_MEMORY => {
+                    "choose a host whose processors have as many address bits, or start the \
+                     guest with a level as --cpu, which has the same everywhere"
+                }
+                _ if path.starts_with(FEATURES) => {
+                    "choose a host that has what is wanted, or start the guest with a --cpu that \
+                     all hosts can give ('uvmm doctor' tells)"
+                }
+                _ => return None,
+            }
+            .to_owned(),
+        )
+    }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,14 +4,15 @@
 #![expect(unsafe_code, reason = "KVM_GET_XSAVE2 and KVM_SET_XSAVE trust the buffer's size")]
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
-    kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use migration::state::Saved;
 use serde::{Deserialize, Serialize};
 
-use super::msr;
+use super::feature::Features;
+use super::{cpuid, extended, msr};
 use crate::kvm::{Error, exact, tsc};
 
 /// 32-bit words of extended state that every KVM uses at least (`struct kvm_xsave`).
@@ -54,11 +55,36 @@ impl Saved for VcpuV1 {
 }
 
 impl VcpuV1 {
+    /// What its guest sees.
+    ///
+    /// # Errors
+    /// It shows features that a host which can show `host` lacks, or more leaves than KVM takes.
+    pub(crate) fn seen(&self, host: &CpuId) -> Result<Seen, Error> {
+        let leaves: Vec<_> = self.cpuid.iter().map(|Leaf(entry)| *entry).collect();
+        let cpuid =
+            CpuId::from_entries(&leaves).map_err(|_| Error::TooManyCpuidEntries(leaves.len()))?;
+        let lacking = Features::of(&cpuid).lasting().without(Features::of(host)).names();
+        if !lacking.is_empty() {
+            let model = "that the guest knows".to_owned();
+            return Err(Error::CpuLacks { model, lacking: lacking.join(", ") });
+        }
+        Ok(Seen { cpuid, tsc_khz: self.tsc_khz })
+    }
+
     /// What its time-stamp counter was ahead of its host's, modulo 2^64, if it runs at a host's
     /// own frequency.
     pub(crate) fn unscaled_tsc_offset(&self, host_khz: u32) -> Option<u64> {
         self.tsc_offset.filter(|_| is_same_tsc(host_khz.into(), self.tsc_khz.into()))
     }
+}
+
+/// What a guest sees of its processors that does not change.
+#[derive(Debug, Clone)]
+pub(crate) struct Seen {
+    /// What CPUID answers on its first vCPU.
+    pub(crate) cpuid: CpuId,
+    /// The frequency of its time-stamp counters.
+    pub(crate) tsc_khz: u32,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -70,21 +96,33 @@ pub(crate) fn xsave_bytes(kvm: &Kvm) -> usize {
     usize::try_from(kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_WORDS * 4)
 }
 
+/// Bytes of extended state of a vCPU that `cpuid` tells of, in the form that KVM keeps it.
+pub(crate) fn guest_xsave_bytes(cpuid: &CpuId) -> usize {
+    usize::try_from(extended::bytes(cpuid)).unwrap_or(usize::MAX).max(XSAVE_WORDS * 4)
+}
+
+/// The model-specific registers that a vCPU has in use: all others are zero.
+pub(crate) fn used_msrs(kvm: &Kvm, fd: &VcpuFd) -> Result<Vec<u32>, Error> {
+    let cpuid = cpuid::shown(fd)?;
+    let values = msr::read(fd, &msr::of_guest(kvm, &cpuid)?)?;
+    Ok(values.into_iter().filter(|&(_, value)| value != 0).map(|(index, _)| index).collect())
+}
+
 /// Reads a vCPU that is out of the guest and has no half-done exit.
-pub(crate) fn save(kvm: &Kvm, fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuV1, Error> {
+pub(crate) fn save(kvm: &Kvm, fd: &VcpuFd) -> Result<VcpuV1, Error> {
+    let cpuid = cpuid::shown(fd)?;
     // First, as it can take in a pending INIT and so change what is read after it.
     let mp_state = fd.get_mp_state().map_err(Error::ioctl("KVM_GET_MP_STATE"))?;
     // Before CR2 and DR6 are read: KVM delivers the payload of a pending exception to them here.
     let events = fd.get_vcpu_events().map_err(Error::ioctl("KVM_GET_VCPU_EVENTS"))?;
     let regs = fd.get_regs().map_err(Error::ioctl("KVM_GET_REGS"))?;
     let sregs = fd.get_sregs().map_err(Error::ioctl("KVM_GET_SREGS"))?;
-    let xsave = save_xsave(kvm, fd)?;
+    let xsave = save_xsave(kvm, fd, &cpuid)?;
     let xcrs = fd.get_xcrs().map_err(Error::ioctl("KVM_GET_XCRS"))?;
     let debugregs = fd.get_debug_regs().map_err(Error::ioctl("KVM_GET_DEBUGREGS"))?;
     let lapic = fd.get_lapic().map_err(Error::ioctl("KVM_GET_LAPIC"))?;
     let tsc_khz = fd.get_tsc_khz().map_err(Error::ioctl("KVM_GET_TSC_KHZ"))?;
-    let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(Error::ioctl("KVM_GET_CPUID2"))?;
-    let mut msrs = msr::read(fd, msrs)?;
+    let mut msrs = msr::read(fd, &msr::of_guest(kvm, &cpuid)?)?;
     keep_expired_deadline(&lapic, &mut msrs);
     let cpuid = cpuid.as_slice().iter().map(|&leaf| Leaf(leaf)).collect();
     Ok(VcpuV1 {
@@ -181,24 +219,42 @@ fn xsave_buffer(kvm: &Kvm) -> Xsave {
     Xsave::new(extra).expect("KVM's own size is within the wrapper's limit")
 }
 
-fn save_xsave(kvm: &Kvm, fd: &VcpuFd) -> Result<Vec<u32>, Error> {
+/// The extended state of what `cpuid` tells of.
+fn save_xsave(kvm: &Kvm, fd: &VcpuFd, cpuid: &CpuId) -> Result<Vec<u32>, Error> {
     let mut buffer = xsave_buffer(kvm);
     // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 announces.
     unsafe { fd.get_xsave2(&mut buffer) }.map_err(Error::ioctl("KVM_GET_XSAVE2"))?;
     let legacy = buffer.as_fam_struct_ref().xsave.region;
-    Ok(legacy.iter().chain(buffer.as_slice()).copied().collect())
+    let mut state: Vec<u32> = legacy.iter().chain(buffer.as_slice()).copied().collect();
+    keep_parts(&mut state, cpuid);
+    Ok(state)
+}
+
+/// Leaves out of an XSAVE area what the guest cannot have: before Linux 6.6 KVM gives the host's
+/// parts too.
+fn keep_parts(state: &mut Vec<u32>, cpuid: &CpuId) {
+    /// The two words that tell which parts are not in their initial state (SDM vol. 1, 13.4.2).
+    const USED: usize = 512 / 4;
+    /// The parts that FXSAVE has.
+    const LEGACY: u64 = 0b11;
+    let parts = extended::user_parts(cpuid) | LEGACY;
+    for (word, parts) in state[USED..].iter_mut().zip(extended::halves(parts)) {
+        *word &= parts;
+    }
+    state.truncate(guest_xsave_bytes(cpuid).div_ceil(4));
 }
 
 fn load_xsave(kvm: &Kvm, fd: &VcpuFd, state: &[u32]) -> Result<(), Error> {
     let mut buffer = xsave_buffer(kvm);
     let want = XSAVE_WORDS + buffer.as_slice().len();
-    if state.len() != want {
+    let Some((legacy, extra)) = state.split_at_checked(XSAVE_WORDS).filter(|_| state.len() <= want)
+    else {
         return Err(Error::XsaveSize { want: want * 4, found: state.len() * 4 });
-    }
-    let (legacy, extra) = state.split_at(XSAVE_WORDS);
+    };
     // SAFETY: no length is changed, only words within it.
     unsafe { buffer.as_mut_fam_struct() }.xsave.region.copy_from_slice(legacy);
-    buffer.as_mut_slice().copy_from_slice(extra);
+    // What the guest's processors have no room for is in its initial state.
+    buffer.as_mut_slice()[..extra.len()].copy_from_slice(extra);
     // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 announces.
     unsafe { fd.set_xsave2(&buffer) }.map_err(Error::ioctl("KVM_SET_XSAVE"))
 }
@@ -230,5 +286,25 @@ mod tests {
         let mut periodic = [(msr::TSC, 5000), (msr::TSC_DEADLINE, 0)];
         keep_expired_deadline(&lapic(0b01 << 17), &mut periodic);
         assert_eq!(periodic[1].1, 0);
+    }
+
+    #[test]
+    fn extended_state_that_the_guest_cannot_have_stays_behind() {
+        let leaf = |index, eax, ebx| kvm_cpuid_entry2 {
+            function: 0xd,
+            index,
+            eax,
+            ebx,
+            ..Default::default()
+        };
+        let cpuid = CpuId::from_entries(&[leaf(0, 0b111, 576), leaf(2, 256, 576)]).unwrap();
+        let mut state = vec![0xffff_ffff; 2 * XSAVE_WORDS];
+        keep_parts(&mut state, &cpuid);
+        assert_eq!(state.len(), XSAVE_WORDS);
+        assert_eq!(state[127..131], [u32::MAX, 0b111, 0, u32::MAX]);
+        let large = CpuId::from_entries(&[leaf(0, 1 << 18, 576), leaf(18, 8192, 2816)]).unwrap();
+        let mut state = vec![0; 3 * XSAVE_WORDS];
+        keep_parts(&mut state, &large);
+        assert_eq!(state.len() * 4, 2816 + 8192);
     }
 }
