@@ -53,15 +53,21 @@ impl Trace {
     }
 
     /// Bytes that the guest has written after it ran for `seconds`.
-    fn after(&self, seconds: f64) -> f64 {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "bytes of memory are no fraction and not negative"
+    )]
+    fn after(&self, seconds: f64) -> u64 {
         let next = self.written.partition_point(|&(at, _)| at < seconds);
-        match (self.written.get(next.wrapping_sub(1)), self.written.get(next)) {
+        let bytes = match (self.written.get(next.wrapping_sub(1)), self.written.get(next)) {
             (Some(&(from, before)), Some(&(to, then))) => {
                 before + (then - before) * (seconds - from) / (to - from)
             }
             (last, None) => last.map_or(0.0, |&(_, bytes)| bytes),
             (None, Some(&(_, first))) => first,
-        }
+        };
+        bytes as u64
     }
 }
 
@@ -72,7 +78,7 @@ fn simulate(trace: &Trace, policy: &Policy, speed: f64) -> Vec<(Seen, Decision, 
     let (mut pages, mut throttled) = (trace.memory, 0);
     while told.len() < MANY {
         let took = pages as f64 / speed.min(trace.rate);
-        let left = trace.after(took * (1.0 - f64::from(throttled) / 100.0)) as u64;
+        let left = trace.after(took * (1.0 - f64::from(throttled) / 100.0));
         let took = Duration::from_secs_f64(took);
         seen.push(Seen { pages, left, took, throttled });
         let decision = policy.decide(&seen, Some(trace.rate), STATE);

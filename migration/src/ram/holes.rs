@@ -15,7 +15,7 @@ use super::{PAGE, Ram, Run, backing};
 /// Where the memory is no file, or one that cannot tell, all counts as touched.
 pub(super) fn parts(ram: &Ram, run: Run) -> impl Iterator<Item = (Run, bool)> + '_ {
     let file = backing(ram, run.start);
-    let mut done = 0;
+    let (mut done, mut known) = (0, false);
     std::iter::from_fn(move || {
         let left = run.len - done;
         if left == 0 {
@@ -23,25 +23,32 @@ pub(super) fn parts(ram: &Ram, run: Run) -> impl Iterator<Item = (Run, bool)> + 
         }
         let start = GuestAddress(run.start.0 + done);
         let (len, touched) = match file {
+            Some((file, offset)) if known => (until_hole(file, offset + done, left), true),
             Some((file, offset)) => first_part(file, offset + done, left),
             None => (left, true),
         };
         done += len;
+        known = !touched; // behind a hole there is what ends it
         Some((Run { start, len }, touched))
     })
 }
 
 /// How much of the `left` bytes of `file` at `offset` is alike, and whether it was touched.
 fn first_part(file: &File, offset: u64, left: u64) -> (u64, bool) {
-    let until = |next: u64| next.saturating_sub(offset).next_multiple_of(PAGE).clamp(PAGE, left);
     match seek(file, SeekFrom::Data(offset)) {
         Ok(data) if data / PAGE > offset / PAGE => {
             (((data - offset) / PAGE * PAGE).min(left), false)
         }
-        Ok(_) => (seek(file, SeekFrom::Hole(offset)).map_or(left, until), true),
+        Ok(_) => (until_hole(file, offset, left), true),
         Err(Errno::NXIO) => (left, false),
         Err(_) => (left, true),
     }
+}
+
+/// How much of the `left` bytes of `file` at `offset`, where there is something, is no hole.
+fn until_hole(file: &File, offset: u64, left: u64) -> u64 {
+    let hole = seek(file, SeekFrom::Hole(offset));
+    hole.map_or(left, |hole| hole.saturating_sub(offset).next_multiple_of(PAGE).clamp(PAGE, left))
 }
 
 #[cfg(test)]
