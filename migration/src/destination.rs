@@ -6,6 +6,7 @@ mod welcome;
 use std::time::Instant;
 
 pub use homecoming::Homecoming;
+pub(crate) use welcome::prepare;
 use welcome::welcome;
 
 use crate::answering::{Answering, Seat};

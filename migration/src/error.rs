@@ -10,6 +10,7 @@ use crate::handover::Token;
 use crate::plan::{PlanError, StepFailure};
 use crate::ram::DirtyError;
 use crate::report::{Report, Status};
+use crate::snapshot::Damage;
 use crate::state::StateError;
 use crate::wire::PeerError;
 
@@ -76,6 +77,15 @@ pub enum Error {
         /// Names the migration.
         token: Token,
     },
+    /// The guest cannot be written to a file.
+    #[error("cannot write the snapshot: see whether there is space for it")]
+    Write(#[source] io::Error),
+    /// A file gives no guest.
+    #[error("cannot use this snapshot")]
+    Snapshot(#[source] Damage),
+    /// This host cannot take the guest of a snapshot: everything that stands against it.
+    #[error("this host cannot take the guest: {}", listed(.0))]
+    Misfit(Vec<Mismatch>),
     /// Someone wished to stop.
     #[error("cancelled")]
     Cancelled,

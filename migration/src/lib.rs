@@ -72,6 +72,13 @@
 //! - the state of each device has a version of its own ([`state::Saved`]), and says which older
 //!   ones it reads, so that a device can change without a new version of all.
 //!
+//! # Into a file
+//!
+//! The source's half alone, written down, is a snapshot: see [`snapshot`], and what becomes of the
+//! rules of the hand-over where there is nobody to ask.
+//!
+//! # Trust
+//!
 //! Either side may end it with GAVE UP and a reason. Every wait is bounded by [`patience`]. What a
 //! peer sends is not trusted: lengths are checked before they are believed, addresses before they
 //! are used, texts before they are printed. Messages carry a checksum, since one wrong bit could
@@ -97,6 +104,7 @@ pub mod progress;
 pub mod ram;
 pub mod record;
 pub mod report;
+pub mod snapshot;
 mod source;
 pub mod state;
 #[cfg(test)]

@@ -114,7 +114,7 @@ fn meet<H: Host, L: Listener>(
 }
 
 /// Has the machine built, and makes sure that its memory is what was offered.
-fn prepare<H: Host>(host: &mut H, offer: &Offer) -> Result<H::Guest, Vec<Mismatch>> {
+pub(crate) fn prepare<H: Host>(host: &mut H, offer: &Offer) -> Result<H::Guest, Vec<Mismatch>> {
     let guest = host.prepare(offer)?;
     let layout = ram::layout(guest.ram());
     if layout == offer.ram {

@@ -9,5 +9,6 @@ mod matrix;
 mod network;
 mod peers;
 mod restarts;
+mod snapshots;
 mod streams;
 mod visitors;

@@ -90,6 +90,12 @@ impl<S: Stream> Channel<S> {
         }
     }
 
+    /// Greets where nobody will answer.
+    pub(crate) fn begin(&mut self) -> Result<(), PeerError> {
+        self.link.gather(&Hello::OURS.encode());
+        self.link.flush()
+    }
+
     /// Waits for a greeting and answers it.
     pub fn answer_greeting(&mut self, limit: Duration) -> Result<(), PeerError> {
         let understood = self.greeted(limit);
@@ -100,7 +106,8 @@ impl<S: Stream> Channel<S> {
         understood
     }
 
-    fn greeted(&mut self, limit: Duration) -> Result<(), PeerError> {
+    /// Waits for a greeting, and does not answer it.
+    pub(crate) fn greeted(&mut self, limit: Duration) -> Result<(), PeerError> {
         let until = Instant::now() + limit;
         while self.link.ahead().len() < hello::SIZE && could_be(self.link.ahead()) {
             match self.link.fill(until) {

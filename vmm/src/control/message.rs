@@ -1,6 +1,7 @@
 //! The messages of the control socket.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -30,7 +31,10 @@ pub enum Request {
     },
     /// Move the guest. Answered by [`MigrationReport`], or by [`DryRun`].
     Migrate(MigrateRequest),
-    /// Give up the migration that is under way. Answered by `null` when it was told so; the
+    /// Write the guest to a file. Answered by [`MigrationReport`], whose status is `completed` once
+    /// the file is whole.
+    Snapshot(SnapshotRequest),
+    /// Give up the migration or snapshot that is under way. Answered by `null` when it was told so; the
     /// client that started it gets its outcome.
     Cancel {},
     /// Show or decide a migration whose outcome is not known. Answered by [`Undecided`] or
@@ -73,6 +77,17 @@ pub struct MigrateRequest {
     /// The most bytes to send in a second; `None` for no limit.
     #[serde(default)]
     pub bandwidth_limit: Option<u64>,
+}
+
+/// How a guest is to be written to a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// An absolute path. A file that is there is replaced once the new one is whole.
+    pub file: PathBuf,
+    /// End the VM then.
+    #[serde(default)]
+    pub stop: bool,
 }
 
 /// What an operator decides about a guest that stands still after a migration whose outcome
@@ -324,6 +339,10 @@ mod tests {
                 }),
             ),
             (
+                r#"{"command":"snapshot","file":"/s"}"#,
+                Request::Snapshot(SnapshotRequest { file: "/s".into(), stop: false }),
+            ),
+            (
                 r#"{"command":"unplug","id":"net0","timeout_ms":9}"#,
                 Request::Unplug { id: "net0".parse().unwrap(), timeout_ms: 9 },
             ),
@@ -367,6 +386,9 @@ mod tests {
             Just(Request::Info {}),
             Just(Request::Cancel {}),
             any::<bool>().prop_map(|force| Request::Stop { force }),
+            ("/[a-z ]{0,9}", any::<bool>()).prop_map(|(file, stop)| {
+                Request::Snapshot(SnapshotRequest { file: file.into(), stop })
+            }),
             Just(Request::Resolve { decision: None }),
             any::<(u8, u64)>().prop_map(|(number, timeout_ms)| Request::Unplug {
                 id: format!("net{number}").parse().unwrap(),
@@ -407,7 +429,7 @@ mod tests {
 
         #[test]
         fn no_json_makes_the_parser_panic(
-            line in r#"\{"command":"(migrate|stop|resolve|plug|unplug)","[a-z_]{1,9}":(null|-?[0-9]{1,30}|"[^"]{0,9}"|\[\[|\{\})\}"#
+            line in r#"\{"command":"(migrate|snapshot|stop|resolve|plug|unplug)","[a-z_]{1,9}":(null|-?[0-9]{1,30}|"[^"]{0,9}"|\[\[|\{\})\}"#
         ) {
             let _ = Request::parse(line.as_bytes());
         }
