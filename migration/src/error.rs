@@ -33,6 +33,15 @@ pub enum Error {
     /// The peer, or the way to it.
     #[error(transparent)]
     Peer(#[from] PeerError),
+    /// The memory itself cannot be passed to another process.
+    #[error("cannot share the memory of this guest: migrate without shared memory")]
+    Unshareable(#[source] io::Error),
+    /// The destination did not take it.
+    #[error(
+        "the destination did not take the memory itself: have the same uvmm wait there at a Unix \
+         socket, or migrate without shared memory"
+    )]
+    Unshared(#[source] PeerError),
     /// The destination cannot take the guest: everything that stands against it.
     #[error("the destination cannot take this guest: {}", listed(.0))]
     Refused(Vec<Mismatch>),

@@ -183,6 +183,7 @@ fn options(request: &MigrateRequest) -> Options {
         dry_run: request.dry_run,
         bandwidth_limit: request.bandwidth_limit,
         streams: request.streams.unwrap_or_else(usual_streams),
+        shared: request.shared_memory,
         ..Options::default()
     };
     options.policy.downtime_limit = Duration::from_millis(request.downtime_limit_ms);

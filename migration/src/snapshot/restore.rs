@@ -47,7 +47,7 @@ fn read<H: Host, S: Stream>(
         Message::Offer { offer, dry_run: false, streams: 1 } => offer,
         other => return Err(Damage::told(file.unexpected(&other))),
     };
-    let mut guest = prepare(host, &offer).map_err(Error::Misfit)?;
+    let mut guest = prepare(host, &offer, None).map_err(Error::Misfit)?;
     let passes = Passes::new(guest.ram(), silence, Cancel::new());
     let received = passes.receive(&mut file, &mut Lanes::new(), None, watch.progress);
     let (told, state, rounds) = received.map_err(Damage::told)?;

@@ -271,6 +271,23 @@ impl<S: Stream> Channel<S> {
         }
     }
 
+    /// Whether files can be passed over it.
+    pub(crate) fn is_local(&self) -> bool {
+        self.link.is_local()
+    }
+
+    /// Passes `file` to a peer that said PASS.
+    pub(crate) fn pass_file(&mut self, file: &File) -> Result<(), PeerError> {
+        self.link.pass_file(file)
+    }
+
+    /// Says PASS, and takes the file that the peer passes within `limit`.
+    pub(crate) fn take_file(&mut self, limit: Duration) -> Result<File, PeerError> {
+        self.send(&Message::Pass)?;
+        let file = self.link.take_file(Instant::now() + limit)?;
+        file.ok_or_else(|| self.garbage("no memory, or more than one file".into()))
+    }
+
     /// Reads the content of pages into `slice`, which maps `backing` if that is a file.
     pub(crate) fn read_ram<B: BitmapSlice>(
         &mut self,

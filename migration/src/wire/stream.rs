@@ -24,6 +24,11 @@ pub trait Stream: Read + Write + ReadVolatile + WriteVolatile + Send {
     fn socket(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+
+    /// The same, if files can be passed over it.
+    fn local(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// Something that connections arrive at.
@@ -58,6 +63,10 @@ impl Stream for UnixStream {
 
     fn peer(&self) -> String {
         "a local socket".into()
+    }
+
+    fn local(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.as_fd())
     }
 
     fn socket(&self) -> Option<BorrowedFd<'_>> {

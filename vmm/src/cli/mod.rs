@@ -206,6 +206,7 @@ mod tests {
             ("uvmm migrate", "--to"),
             ("uvmm migrate --to host", "write HOST:PORT"),
             ("uvmm migrate --to h:1 --downtime-limit 3", "write a number and a unit"),
+            ("uvmm migrate --to h:1 --shared-memory --streams 2", "cannot be used with"),
             ("uvmm snapshot", "<FILE>"),
             ("uvmm plug", "--device"),
             ("uvmm plug --device vfio,id=n", "needs host="),

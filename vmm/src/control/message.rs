@@ -77,6 +77,9 @@ pub struct MigrateRequest {
     /// The most bytes to send in a second; `None` for no limit.
     #[serde(default)]
     pub bandwidth_limit: Option<u64>,
+    /// Pass the memory itself to a peer on this host, instead of what is in it.
+    #[serde(default)]
+    pub shared_memory: bool,
 }
 
 /// How a guest is to be written to a file.
@@ -336,6 +339,7 @@ mod tests {
                     streams: None,
                     downtime_limit_ms: 300,
                     bandwidth_limit: None,
+                    shared_memory: false,
                 }),
             ),
             (
@@ -381,7 +385,7 @@ mod tests {
     }
 
     fn requests() -> impl Strategy<Value = Request> {
-        let migrate = (any::<bool>(), any::<Option<u8>>(), any::<u64>(), any::<Option<u64>>());
+        let migrate = (any::<[bool; 2]>(), any::<Option<u8>>(), any::<u64>(), any::<Option<u64>>());
         prop_oneof![
             Just(Request::Info {}),
             Just(Request::Cancel {}),
@@ -402,7 +406,8 @@ mod tests {
                 timeout_ms,
             }),
             Just(Request::Resolve { decision: Some(Decision::Discard) }),
-            migrate.prop_map(|(dry_run, streams, downtime_limit_ms, bandwidth_limit)| {
+            migrate.prop_map(|(flags, streams, downtime_limit_ms, bandwidth_limit)| {
+                let [dry_run, shared_memory] = flags;
                 let to = "[::1]:1".parse().unwrap();
                 Request::Migrate(MigrateRequest {
                     to,
@@ -410,6 +415,7 @@ mod tests {
                     streams,
                     downtime_limit_ms,
                     bandwidth_limit,
+                    shared_memory,
                 })
             }),
         ]

@@ -132,6 +132,7 @@ fn a_client_that_reads_slowly_still_gets_the_end() {
         streams: None,
         downtime_limit_ms: 300,
         bandwidth_limit: None,
+        shared_memory: false,
     });
     let mut heard = 0;
     let report: MigrationReport = connect(&dir)

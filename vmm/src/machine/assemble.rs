@@ -1,5 +1,6 @@
 //! From a configuration to a machine: the one table of its devices.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use devices::bus::{Bus, BusDevice, BusError};
@@ -22,7 +23,7 @@ use crate::config::{Boot, DeviceConfig, HugePages, MachineConfig};
 use crate::console::{Output, Room};
 use crate::event::Events;
 use crate::kvm::{self, IrqLine, Routes, Vm};
-use crate::memory;
+use crate::memory::{self, Ram};
 use crate::power::PowerSwitch;
 use crate::vcpu::{self, Exits, Vcpu, Vcpus, Wiring};
 
@@ -86,7 +87,8 @@ impl Machine {
         boot: &Boot,
         host: &HostSide,
     ) -> Result<Self, Error> {
-        Self::assemble(config, host, |vm, first| {
+        let ram = memory::allocate(config.memory, host.hugepages)?;
+        Self::assemble(config, host, ram, |vm, first| {
             let (ram, window) = (vm.ram(), vm.pci_memory_64()?);
             let rsdp = acpi::write(ram, config.cpus, window.as_ref()).map_err(Error::Tables)?;
             mptable::write(ram, config.cpus).map_err(Error::Tables)?;
@@ -95,18 +97,26 @@ impl Machine {
         })
     }
 
-    /// A machine that waits for a state and the content of its RAM.
-    pub(crate) fn empty(config: &MachineConfig, host: &HostSide) -> Result<Self, Error> {
-        Self::assemble(config, host, |_, _| Ok(()))
+    /// A machine that waits for a state, and for the content of its RAM if that is not `memory`.
+    pub(crate) fn empty(
+        config: &MachineConfig,
+        host: &HostSide,
+        memory: Option<&File>,
+    ) -> Result<Self, Error> {
+        let ram = match memory {
+            Some(file) => memory::adopt(file, config.memory, host.hugepages)?,
+            None => memory::allocate(config.memory, host.hugepages)?,
+        };
+        Self::assemble(config, host, ram, |_, _| Ok(()))
     }
 
-    /// Builds the machine; `load` fills its RAM and readies its first vCPU.
+    /// Builds the machine around `ram`; `load` fills that and readies the first vCPU.
     fn assemble(
         config: &MachineConfig,
         host: &HostSide,
+        ram: Ram,
         load: impl FnOnce(&Vm, &VcpuFd) -> Result<(), Error>,
     ) -> Result<Self, Error> {
-        let ram = memory::allocate(config.memory, host.hugepages)?;
         let vm = Arc::new(Vm::new(ram)?);
         let fds = create_vcpus(&vm, config.cpus)?;
         let tsc_khz = fds[0].get_tsc_khz().map_err(kvm::Error::ioctl("KVM_GET_TSC_KHZ"))?;

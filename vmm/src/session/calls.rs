@@ -7,6 +7,7 @@ use migration::handover::{GivingEvent, Verdict};
 
 use super::{Ending, Next, Session, Tenant};
 use crate::cause;
+use crate::config::Address;
 use crate::control::{
     Call, Decision, Info, MigrateRequest, Replier, Request, SnapshotRequest, State, StateDir,
     Undecided,
@@ -109,7 +110,14 @@ impl Session {
     }
 
     fn migrate(&mut self, request: MigrateRequest, reply: Replier) {
-        let fit = self.nothing_is_plugged().and_then(|()| self.machine("migrate").map(|_| ()));
+        let fit =
+            self.nothing_is_plugged().and_then(|()| match (&request.to, request.shared_memory) {
+                (_, false) => self.machine("migrate").map(|_| ()),
+                (Address::Unix(_), true) => self.without_devices("hand over its memory"),
+                (Address::Tcp { .. }, true) => {
+                    Err("memory can be shared only on this host: give --to unix:PATH".to_owned())
+                }
+            });
         let record = fit.and_then(|()| {
             let peer = request.to.to_string();
             let record = StateDir::find().and_then(|dir| dir.record(self.claim.name(), peer));

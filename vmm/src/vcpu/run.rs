@@ -13,6 +13,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{Command, signal};
 use crate::arch::{msr, vcpu};
+use crate::cause;
 use crate::event::{Event, Events};
 use crate::kvm::{Vm, tsc};
 
@@ -38,6 +39,8 @@ pub(super) struct Runner {
     vm: Arc<Vm>,
     wiring: Wiring,
     running: bool,
+    /// What is still to be written before it first runs here.
+    later: Vec<(u32, u64)>,
 }
 
 /// Why a vCPU is out of the guest.
@@ -52,7 +55,7 @@ enum Left {
 
 impl Runner {
     pub(super) fn new(index: u8, fd: VcpuFd, vm: Arc<Vm>, wiring: Wiring) -> Self {
-        Self { index, fd, vm, wiring, running: false }
+        Self { index, fd, vm, wiring, running: false, later: Vec::new() }
     }
 
     /// Does what it is told until it is told to end.
@@ -73,7 +76,7 @@ impl Runner {
                 Some(Command::Pause(reply)) => self.pause(&reply),
                 Some(Command::Save(reply)) => drop(reply.send(self.save())),
                 Some(Command::Load(state, reply)) => {
-                    drop(reply.send(vcpu::load(self.vm.kvm(), &self.fd, *state)));
+                    drop(reply.send(self.load(*state)));
                 }
                 Some(Command::SetTscOffset(offset, reply)) => {
                     drop(reply.send(tsc::set_offset(&self.fd, offset)));
@@ -84,8 +87,18 @@ impl Runner {
     }
 
     fn resume(&mut self) {
+        let later = std::mem::take(&mut self.later);
+        if let Err(error) = msr::write(&self.fd, &later) {
+            let why = format!("cannot go on: {}", cause::chain(&error));
+            return self.wiring.events.send(Event::Died { vcpu: self.index, why });
+        }
         vcpu::note_pause(&self.fd);
         self.running = true;
+    }
+
+    fn load(&mut self, state: vcpu::VcpuV1) -> Result<(), crate::kvm::Error> {
+        self.later = vcpu::load(self.vm.kvm(), &self.fd, state)?;
+        Ok(())
     }
 
     fn pause(&mut self, reply: &Sender<()>) {
@@ -98,7 +111,7 @@ impl Runner {
 
     fn save(&self) -> Result<vcpu::VcpuV1, crate::kvm::Error> {
         let msrs = msr::of_state(self.vm.kvm())?;
-        vcpu::save(self.vm.kvm(), &self.fd, &msrs)
+        Ok(vcpu::save(self.vm.kvm(), &self.fd, &msrs)?.with(&self.later))
     }
 
     /// Finishes an instruction that waits for the result of its exit: KVM does so at the next

@@ -2,6 +2,7 @@
 //! other ways. Needs a usable `/dev/kvm`.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod shared_memory;
 mod snapshot;
 mod typing;
 
