@@ -6,6 +6,7 @@ mod welcome;
 use std::time::Instant;
 
 pub use homecoming::Homecoming;
+pub(crate) use welcome::prepare;
 use welcome::welcome;
 
 use crate::answering::{Answering, Seat};
@@ -60,8 +61,10 @@ struct Arrival<'a, 'w, S, G> {
     lanes: Lanes<S>,
     guest: G,
     token: Token,
-    /// The first of its memory, until it is taken.
+    /// The first of its memory, or of its state if that is shared, until it is taken.
     first: Option<Received>,
+    /// Whether its memory is that of the source, which has it until COMMIT.
+    shared: bool,
     patience: &'a Patience,
     watch: &'a mut Watch<'w>,
     started: Instant,
@@ -116,8 +119,14 @@ impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
     /// Memory, pass after pass, until the state arrives: gives that.
     fn memory(&mut self, report: &mut Report) -> Result<Vec<u8>, Error> {
         self.peer.now("while it sent memory");
-        let Self { peer, lanes, guest, first, patience, watch, .. } = self;
+        let Self { peer, lanes, guest, first, shared, patience, watch, .. } = self;
         report.streams = 1 + u8::try_from(lanes.iter_mut().len()).expect("there are few lanes");
+        if *shared {
+            return match first.take() {
+                Some(Received::State(state)) => Ok(state),
+                _ => Err(peer.garbage("memory that it shares".into()).into()),
+            };
+        }
         let arriving = Passes::new(guest.ram(), patience.silence, lanes.broken.clone());
         let (told, state, rounds) = arriving.receive(peer, lanes, first.take(), watch.progress)?;
         report.rounds = rounds;

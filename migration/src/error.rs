@@ -11,6 +11,7 @@ use crate::handover::Token;
 use crate::plan::{PlanError, StepFailure};
 use crate::ram::DirtyError;
 use crate::report::{Report, Status};
+use crate::snapshot::Damage;
 use crate::state::StateError;
 use crate::wire::PeerError;
 
@@ -35,6 +36,15 @@ pub enum Error {
     /// The peer, or the way to it.
     #[error(transparent)]
     Peer(#[from] PeerError),
+    /// The memory itself cannot be passed to another process.
+    #[error("cannot share the memory of this guest: migrate without shared memory")]
+    Unshareable(#[source] io::Error),
+    /// The destination did not take it.
+    #[error(
+        "the destination did not take the memory itself: have the same uvmm wait there at a Unix \
+         socket, or migrate without shared memory"
+    )]
+    Unshared(#[source] PeerError),
     /// The destination cannot take the guest: everything that stands against it.
     #[error("the destination cannot take this guest: {}", listed(.0))]
     Refused(Vec<Mismatch>),
@@ -94,6 +104,15 @@ pub enum Error {
         /// Names the migration.
         token: Token,
     },
+    /// The guest cannot be written to a file.
+    #[error("cannot write the snapshot: see whether there is space for it")]
+    Write(#[source] io::Error),
+    /// A file gives no guest.
+    #[error("cannot use this snapshot")]
+    Snapshot(#[source] Damage),
+    /// This host cannot take the guest of a snapshot: everything that stands against it.
+    #[error("this host cannot take the guest: {}", listed(.0))]
+    Misfit(Vec<Mismatch>),
     /// Someone wished to stop.
     #[error("cancelled")]
     Cancelled,

@@ -1,5 +1,7 @@
 //! The seam to the machine: all that the engine asks of it, on either side.
 
+use std::fs::File;
+
 use crate::compat::{Mismatch, Offer};
 use crate::plan::{Meanwhile, Plan, StepFailure};
 use crate::ram::{DirtySet, Ram};
@@ -54,7 +56,15 @@ pub trait Host {
     ///
     /// Whatever can refuse must do so here. Called again for the next offer where one came to
     /// nothing; the machine of the earlier one is dropped by then. Offers are not trusted.
-    fn prepare(&mut self, offer: &Offer) -> Result<Self::Guest, Vec<Mismatch>>;
+    ///
+    /// Where the memory comes as a file, that is of the size that the offer tells of, and can never
+    /// be of another; its regions are in it one behind the other. The source has it too, and may
+    /// run the guest again: until [`Arriving::run`] nobody here may write to it.
+    fn prepare(
+        &mut self,
+        offer: &Offer,
+        memory: Option<File>,
+    ) -> Result<Self::Guest, Vec<Mismatch>>;
 }
 
 /// A guest that arrives. Dropping it before it runs takes the machine down.
@@ -62,7 +72,8 @@ pub trait Arriving {
     /// Its memory: zero where the bitmap of the memory tells of no write.
     fn ram(&self) -> &Ram;
 
-    /// Takes over the state. The memory is complete.
+    /// Takes over the state. The memory is complete, and may be in use by the source again if the
+    /// guest goes back: this may not write to it.
     fn load(&mut self, from: &mut StateReader<'_>) -> Result<(), StateError>;
 
     /// Lets the guest run. Quick, and the only place where it may start.

@@ -72,6 +72,28 @@
 //! - the state of each device has a version of its own ([`state::Saved`]), and says which older
 //!   ones it reads, so that a device can change without a new version of all.
 //!
+//! # On one host
+//!
+//! ```text
+//!     share   SHARE ──────────────────────────────────────► after HELLO, over a Unix socket
+//!                   ◄────────────────────────────────────── PASS
+//!             one byte, and the file that is the memory ──► check its size and seals, map it
+//!             OFFER and so on; no memory flows, and STATE is the first to come
+//! ```
+//!
+//! Then both sides have the same memory mapped, and the rules of the hand-over are what they are.
+//! Since the source may run the guest again until COMMIT has left, the destination writes nothing
+//! to memory before it runs the guest: not even what loading a state may have a hypervisor write.
+//! No dirty log runs, as nothing can be missed. Once a guest is *undecided* whoever runs it at both
+//! sides has two of them in one memory, which neither survives.
+//!
+//! # Into a file
+//!
+//! The source's half alone, written down, is a snapshot: see [`snapshot`], and what becomes of the
+//! rules of the hand-over where there is nobody to ask.
+//!
+//! # Trust
+//!
 //! Either side may end it with GAVE UP and a reason. Every wait is bounded by [`patience`]. What a
 //! peer sends is not trusted: lengths are checked before they are believed, addresses before they
 //! are used, texts before they are printed. Messages carry a checksum, since one wrong bit could
@@ -97,6 +119,7 @@ pub mod progress;
 pub mod ram;
 pub mod record;
 pub mod report;
+pub mod snapshot;
 mod source;
 pub mod state;
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The straight line out.
 
 mod custody;
+mod sharing;
 
 use std::io;
 use std::sync::Mutex;
@@ -41,6 +42,9 @@ pub struct Options {
     pub streams: u8,
     /// Send a checksum with all memory. Costs a copy and a CRC-32 of each page on both sides.
     pub checked: bool,
+    /// Pass the memory itself, over a Unix socket, instead of sending what is in it. Then there is
+    /// one connection, and neither `bandwidth_limit` nor `checked` means anything.
+    pub shared: bool,
     /// How long to wait for the destination.
     pub patience: Patience,
 }
@@ -58,6 +62,7 @@ impl Default for Options {
             bandwidth_limit: None,
             streams: 1,
             checked: false,
+            shared: false,
             patience: Patience::default(),
         }
     }
@@ -123,17 +128,26 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
 
     /// The whole migration. Whatever fails before `commit`, the guest runs on here.
     fn travel(mut self, peer: &mut Channel<S>) -> Result<(), Error> {
+        let shared = self.options.shared;
+        if shared {
+            self.share(peer)?;
+        }
         let token = self.agree(peer)?;
         if self.options.dry_run {
             return Ok(());
         }
         self.widen(peer, token)?;
-        let left = self.precopy(peer)?;
-        let left = self.release(peer, left)?;
-        self.quiesce(peer)?;
-        self.rest_of_memory(peer, left)?;
-        self.state(peer)?;
-        self.nothing_wrote_since()?;
+        if shared {
+            self.stand_still(peer)?;
+            self.state(peer)?;
+        } else {
+            let left = self.precopy(peer)?;
+            let left = self.release(peer, left)?;
+            self.quiesce(peer)?;
+            self.rest_of_memory(peer, left)?;
+            self.state(peer)?;
+            self.nothing_wrote_since()?;
+        }
         self.end(peer, token)?;
         self.commit(peer, token)
     }
@@ -184,7 +198,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
     }
 
     fn streams(&self) -> u8 {
-        self.options.streams.clamp(1, MOST_STREAMS)
+        if self.options.shared { 1 } else { self.options.streams.clamp(1, MOST_STREAMS) }
     }
 
     /// All memory, then again what was written meanwhile, until little is left: gives that.

@@ -73,6 +73,8 @@ enum Command {
 enum What {
     /// Migrations of the tiny guest, on this machine's own KVM.
     Migration,
+    /// Hand-overs of the tiny guest between processes of this machine.
+    Handover,
     /// Boots of a Linux guest, in the lab host.
     Boot,
 }
@@ -139,6 +141,11 @@ fn measure(what: Option<What>, runs: usize, json: bool) -> anyhow::Result<u8> {
         let rows = bench::migration::migrations(artefacts::uvmm()?, runs)?;
         let title = "the tiny guest, one vCPU, on this machine's own KVM, loopback TCP";
         status = show(&format!("{title}, median of {runs} runs"), &rows, json)?;
+    }
+    if wanted(What::Handover) {
+        let rows = bench::handover::handovers(artefacts::uvmm()?, runs)?;
+        let title = "the tiny guest, one vCPU, a fifth of memory filled, on this machine's own KVM";
+        status |= show(&format!("{title}, median of {runs} hand-overs"), &rows, json)?;
     }
     if wanted(What::Boot) {
         let runs = runs.to_string();

@@ -23,8 +23,7 @@ fn pings(vm: &mut Vm, slot: u8) {
     vm.until(&format!("[ -d /sys/bus/pci/devices/0000:01:{slot:02x}.0/net/eth0 ]")).unwrap();
     vm.says("ip link set eth0 up && ip address add 10.7.0.3/24 dev eth0").unwrap();
     vm.until("grep -q 1 /sys/class/net/eth0/carrier").unwrap();
-    let said = vm.says(&format!("ping -c 5 -i 0.2 -W 5 {}", text("PEER_IP").unwrap())).unwrap();
-    assert!(said.contains(" 0% packet loss"), "{said}");
+    vm.pings().unwrap();
 }
 
 fn plug(uvmm: &Uvmm, device: &str, more: &[&str]) -> (ExitStatus, String, String) {
@@ -170,5 +169,4 @@ fn a_migration_and_a_plugging_wait_for_each_other() {
     refused(&["unplug", "--vm", "guest", "net0"], "wait until that is over");
     assert!(plugging.wait().unwrap().success());
     pings(&mut vm, 1);
-    refused(&["migrate", "--vm", "guest", "--to", "127.0.0.1:1"], "net0");
 }

@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::control::Call;
 use crate::migrate::{Arrival, Departure};
+use crate::snapshot::{Restored, Snapped};
 
 /// Something that the main loop has to act on.
 #[derive(Debug)]
@@ -32,6 +33,10 @@ pub(crate) enum Event {
     Call(Call),
     /// The guest left, or did not.
     Departed(Box<Departure>),
+    /// The guest was written to a file, or was not.
+    Snapped(Box<Snapped>),
+    /// A guest was read from a file, or was not.
+    Restored(Box<Restored>),
     /// A guest arrived, or did not.
     Arrived(Box<Arrival>),
     /// The plugging or unplugging with this serial number is over.

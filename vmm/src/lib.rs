@@ -21,5 +21,6 @@ mod power;
 pub mod progress;
 mod session;
 pub mod signals;
+mod snapshot;
 mod strategy;
 mod vcpu;

@@ -5,8 +5,9 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::{Advice, madvise};
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -30,6 +31,14 @@ pub(crate) enum Error {
         /// The kernel's answer.
         #[source]
         source: io::Error,
+    },
+    /// The memory that another process passed is not what was asked for.
+    #[error("cannot use the memory that was passed as {} MiB of guest memory: {why}", .bytes >> 20)]
+    Adopt {
+        /// Bytes asked for.
+        bytes: u64,
+        /// What is wrong with it.
+        why: String,
     },
     /// The memory file cannot be mapped.
     #[error("cannot map {} MiB of guest memory{}", .bytes >> 20, remedy(*.hugepages))]
@@ -60,6 +69,26 @@ pub(crate) fn allocate(bytes: u64, hugepages: Option<HugePages>) -> Result<Ram, 
         hugepages,
         source,
     })?;
+    map(&file, bytes, hugepages)
+}
+
+/// Maps the memory of a guest that another process passed here: `bytes` of it, laid out the same.
+///
+/// Writes nothing to it: that process may run the guest again. `hugepages` is what was asked for
+/// here; without it, pages are of whatever size they are.
+pub(crate) fn adopt(file: &File, bytes: u64, hugepages: Option<HugePages>) -> Result<Ram, Error> {
+    let about = file.metadata().map_err(|source| Error::Allocate { bytes, hugepages, source })?;
+    let wrong = |why| Error::Adopt { bytes, why };
+    if about.len() != bytes {
+        return Err(wrong(format!("it is {} bytes", about.len())));
+    }
+    if hugepages.is_some_and(|pages| pages.bytes() != about.blksize()) {
+        return Err(wrong(format!("its pages are of {} bytes", about.blksize())));
+    }
+    map(file, bytes, hugepages)
+}
+
+fn map(file: &File, bytes: u64, hugepages: Option<HugePages>) -> Result<Ram, Error> {
     let mut offset = 0;
     let mut ranges = Vec::new();
     for (start, len) in layout::ram_ranges(bytes) {
@@ -98,8 +127,11 @@ fn memory_file(bytes: u64, hugepages: Option<HugePages>) -> io::Result<File> {
         Some(HugePages::Size2M) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
         Some(HugePages::Size1G) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
     };
-    let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC | pages)?);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | pages;
+    let file = File::from(memfd_create("guest-ram", flags)?);
     ftruncate(&file, bytes)?;
+    // Whoever it is passed to can rely on its size.
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
 }
 

@@ -39,7 +39,7 @@ pub(crate) struct Underway {
 }
 
 impl Underway {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { cancel: Cancel::new(), progress: Arc::default() }
     }
 
@@ -115,7 +115,7 @@ fn planned_steps(plan: &Plan) -> Vec<PlannedStep> {
 /// What came of waiting for a guest.
 pub(crate) type Arrival = Result<Arrived<Awaiting>, Box<Failure>>;
 
-/// A migration that there was no thread for.
+/// A migration or snapshot that could not begin: there was no thread for it, or no file.
 pub(crate) struct NotBegun {
     pub(crate) guest: Leaving,
     pub(crate) reply: Replier,
@@ -183,6 +183,7 @@ fn options(request: &MigrateRequest) -> Options {
         dry_run: request.dry_run,
         bandwidth_limit: request.bandwidth_limit,
         streams: request.streams.unwrap_or_else(usual_streams),
+        shared: request.shared_memory,
         ..Options::default()
     };
     options.policy.downtime_limit = Duration::from_millis(request.downtime_limit_ms);
@@ -241,19 +242,19 @@ fn arrive<L: Listener + 'static>(
 }
 
 /// Turns what the engine tells at every frame into what people want to see now and then.
-struct Meter {
+pub(crate) struct Meter {
     shared: Arc<Mutex<Progress>>,
     start: Instant,
     last: Option<(Instant, u64)>,
 }
 
 impl Meter {
-    fn new(underway: &Underway) -> Self {
+    pub(crate) fn new(underway: &Underway) -> Self {
         Self { shared: underway.progress.clone(), start: Instant::now(), last: None }
     }
 
     /// The progress, if it is time to tell it again.
-    fn measure(&mut self, now: &migration::progress::Progress) -> Option<Progress> {
+    pub(crate) fn measure(&mut self, now: &migration::progress::Progress) -> Option<Progress> {
         let at = Instant::now();
         let (since, before) = self.last.unwrap_or((self.start, 0));
         let elapsed = at - since;
@@ -291,7 +292,7 @@ fn phase(stage: Stage) -> &'static str {
 }
 
 /// The engine's report as it goes over the control socket.
-fn tell(report: &Report) -> MigrationReport {
+pub(crate) fn tell(report: &Report) -> MigrationReport {
     let Report {
         status,
         error,

@@ -1,5 +1,7 @@
 //! Machines without anything in them.
 
+use std::fs::File;
+
 use migration::compat::{Mismatch, Offer, Profile, Rule, agree};
 use migration::guest::{Arriving, Departing, Host};
 use migration::plan::{Meanwhile, Plan, StepFailure};
@@ -80,7 +82,7 @@ pub(super) struct Empty;
 impl Host for Empty {
     type Guest = Guest;
 
-    fn prepare(&mut self, offer: &Offer) -> Result<Guest, Vec<Mismatch>> {
+    fn prepare(&mut self, offer: &Offer, _memory: Option<File>) -> Result<Guest, Vec<Mismatch>> {
         agree(&offer.profile, &profile())?;
         Ok(Guest::new())
     }

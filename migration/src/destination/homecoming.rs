@@ -17,6 +17,12 @@ impl Homecoming {
         }))
     }
 
+    /// Where there is no source to tell.
+    #[must_use]
+    pub fn unheard() -> Self {
+        Self(Box::new(|_| {}))
+    }
+
     /// The device `id` serves the guest again.
     pub fn back(&mut self, id: &str) {
         (self.0)(&Message::Back(id.to_owned()));

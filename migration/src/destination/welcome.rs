@@ -1,5 +1,6 @@
 //! Whoever connects, until someone brings a guest.
 
+use std::fs::File;
 use std::time::Instant;
 
 use super::Arrival;
@@ -10,8 +11,8 @@ use crate::guest::{Arriving, Host};
 use crate::handover::{Token, earlier};
 use crate::patience::{Patience, TICK};
 use crate::progress::Watch;
-use crate::ram;
-use crate::wire::{Channel, Door, Lanes, Listener, MOST_STREAMS, Message, Received};
+use crate::ram::{self, shared};
+use crate::wire::{Channel, Door, Lanes, Listener, MOST_STREAMS, Message, Received, Stream};
 
 /// How many mismatches are told at most.
 const TOLD: usize = 1000;
@@ -26,9 +27,18 @@ pub(super) fn welcome<'a, 'w, H: Host, L: Listener>(
     loop {
         let stream = connection(listener, watch)?;
         match meet(host, stream, listener, patience, watch) {
-            Ok(Some(Met { peer, lanes, guest, token, first })) => {
-                let (first, started) = (Some(first), Instant::now());
-                return Ok(Arrival { peer, lanes, guest, token, first, patience, watch, started });
+            Ok(Some(Met { peer, lanes, guest, token, first, shared })) => {
+                return Ok(Arrival {
+                    peer,
+                    lanes,
+                    guest,
+                    token,
+                    first: Some(first),
+                    shared,
+                    patience,
+                    watch,
+                    started: Instant::now(),
+                });
             }
             Ok(None) => {}
             Err(error) => tracing::warn!(error = one_line(&error), "someone came to nothing"),
@@ -56,6 +66,7 @@ struct Met<S, G> {
     guest: G,
     token: Token,
     first: Received,
+    shared: bool,
 }
 
 /// One connection: a guest that begins to flow, or nothing.
@@ -68,20 +79,11 @@ fn meet<H: Host, L: Listener>(
 ) -> Result<Option<MetAt<L, H>>, Error> {
     let mut peer = Channel::new(stream, patience.silence, watch.cancel.clone())?;
     peer.answer_greeting(patience.greeting)?;
-    peer.now("before it made an offer");
-    let (offer, dry_run, streams) = match peer.receive_message(patience.greeting)? {
-        Message::Offer { streams, .. } if !(1..=MOST_STREAMS).contains(&streams) => {
-            return Err(peer.garbage(format!("an offer of {streams} connections")).into());
-        }
-        Message::Offer { offer, dry_run, streams } => (offer, dry_run, streams),
-        Message::Query(token) => {
-            let earlier = earlier(&*watch.record, token);
-            answer_for(earlier, token, &mut peer, patience.greeting)?;
-            return Ok(None);
-        }
-        other => return Err(peer.unexpected(&other).into()),
+    let Some(Asked { offer, dry_run, streams, memory }) = asked(&mut peer, patience, watch)? else {
+        return Ok(None);
     };
-    let guest = match prepare(host, &offer) {
+    let shared = memory.is_some();
+    let guest = match prepare(host, &offer, memory) {
         Ok(guest) => guest,
         Err(mut mismatches) => {
             mismatches.truncate(TOLD);
@@ -104,18 +106,70 @@ fn meet<H: Host, L: Listener>(
             first => break first,
         }
     };
-    match first {
-        first @ (Received::Ram { .. } | Received::Zero(_)) => {
-            Ok(Some(Met { peer, lanes, guest, token, first }))
+    match (first, shared) {
+        (first @ (Received::Ram { .. } | Received::Zero(_)), false)
+        | (first @ Received::State(_), true) => {
+            Ok(Some(Met { peer, lanes, guest, token, first, shared }))
         }
-        Received::Message(other) => Err(peer.unexpected(&other).into()),
-        Received::State(_) => Err(peer.garbage("state".into()).into()),
+        (Received::Message(other), _) => Err(peer.unexpected(&other).into()),
+        (Received::State(_), false) => Err(peer.garbage("state".into()).into()),
+        (_, true) => Err(peer.garbage("memory that it shares".into()).into()),
+    }
+}
+
+/// What someone would like to bring.
+struct Asked {
+    offer: Offer,
+    dry_run: bool,
+    streams: u8,
+    /// The memory itself, where it is shared. Not checked.
+    memory: Option<File>,
+}
+
+/// What whoever connected wants: nothing if it was answered.
+fn asked<S: Stream>(
+    peer: &mut Channel<S>,
+    patience: &Patience,
+    watch: &Watch<'_>,
+) -> Result<Option<Asked>, Error> {
+    peer.now("before it made an offer");
+    let mut memory = None;
+    let mut message = peer.receive_message(patience.greeting)?;
+    if message == Message::Share {
+        if !peer.is_local() {
+            peer.give_up("memory is shared only over a Unix socket");
+            return Ok(None);
+        }
+        memory = Some(peer.take_file(patience.greeting)?);
+        message = peer.receive_message(patience.greeting)?;
+    }
+    let most = if memory.is_some() { 1 } else { MOST_STREAMS };
+    match message {
+        Message::Offer { streams, .. } if !(1..=most).contains(&streams) => {
+            Err(peer.garbage(format!("an offer of {streams} connections")).into())
+        }
+        Message::Offer { offer, dry_run, streams } => {
+            Ok(Some(Asked { offer, dry_run, streams, memory }))
+        }
+        Message::Query(token) => {
+            let earlier = earlier(&*watch.record, token);
+            answer_for(earlier, token, peer, patience.greeting)?;
+            Ok(None)
+        }
+        other => Err(peer.unexpected(&other).into()),
     }
 }
 
 /// Has the machine built, and makes sure that its memory is what was offered.
-fn prepare<H: Host>(host: &mut H, offer: &Offer) -> Result<H::Guest, Vec<Mismatch>> {
-    let guest = host.prepare(offer)?;
+pub(crate) fn prepare<H: Host>(
+    host: &mut H,
+    offer: &Offer,
+    memory: Option<File>,
+) -> Result<H::Guest, Vec<Mismatch>> {
+    if let Some(memory) = &memory {
+        shared::check(memory, offer)?;
+    }
+    let guest = host.prepare(offer, memory)?;
     let layout = ram::layout(guest.ram());
     if layout == offer.ram {
         return Ok(guest);

@@ -5,6 +5,7 @@ mod dirty;
 mod holes;
 pub(crate) mod receive;
 pub(crate) mod send;
+pub(crate) mod shared;
 
 use std::fs::File;
 

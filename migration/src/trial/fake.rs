@@ -1,5 +1,6 @@
 //! A guest whose vCPU is a thread that writes memory, and the hosts it lives on.
 
+use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -7,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::compat::{Mismatch, Offer, Profile, Rule, agree};
 use crate::guest::{Arriving, Departing, Host};
@@ -24,6 +25,17 @@ pub(super) fn ram(low_pages: u64) -> Ram {
     let bytes = |pages: u64| usize::try_from(pages * PAGE).unwrap();
     let ranges = [(GuestAddress(0), bytes(low_pages)), (GuestAddress(HIGH), bytes(HIGH_PAGES))];
     Ram::from_ranges(&ranges).unwrap()
+}
+
+/// The same, in a file.
+pub(super) fn mapped(low_pages: u64, file: &File) -> Ram {
+    let part = |pages: u64, offset: u64| {
+        let file = FileOffset::new(file.try_clone().unwrap(), offset * PAGE);
+        (usize::try_from(pages * PAGE).unwrap(), Some(file))
+    };
+    let ((low, at), (high, above)) = (part(low_pages, 0), part(HIGH_PAGES, low_pages));
+    let ranges = [(GuestAddress(0), low, at), (GuestAddress(HIGH), high, above)];
+    Ram::from_ranges_with_files(ranges).unwrap()
 }
 
 pub(super) fn content(ram: &Ram) -> Vec<u8> {
@@ -233,7 +245,10 @@ impl FakeGuest {
     }
 
     pub(super) fn with_memory(world: &Arc<World>, fault: Fault, low_pages: u64) -> Self {
-        let ram = ram(low_pages);
+        Self::in_memory(world, fault, ram(low_pages))
+    }
+
+    pub(super) fn in_memory(world: &Arc<World>, fault: Fault, ram: Ram) -> Self {
         ram.write_slice(b"first", GuestAddress(PAGE + 7)).unwrap();
         ram.write_slice(&[7; 5000], GuestAddress(HIGH + PAGE)).unwrap();
         let vcpu = Vcpu::new(41);
@@ -327,11 +342,16 @@ pub(super) struct FakeArrival {
 impl Host for FakeHost {
     type Guest = FakeArrival;
 
-    fn prepare(&mut self, offer: &Offer) -> Result<FakeArrival, Vec<Mismatch>> {
+    fn prepare(
+        &mut self,
+        offer: &Offer,
+        memory: Option<File>,
+    ) -> Result<FakeArrival, Vec<Mismatch>> {
         let device = if self.fault == Fault::Mismatch { "radio" } else { "lamp" };
         let have = Profile::new().with("device", Rule::Eq, device).with("cpus", Rule::Eq, 1);
         agree(&offer.profile, &have)?;
-        Ok(FakeArrival { ram: ram(self.low_pages), count: 0, host: self.clone() })
+        let ram = memory.map_or_else(|| ram(self.low_pages), |file| mapped(self.low_pages, &file));
+        Ok(FakeArrival { ram, count: 0, host: self.clone() })
     }
 }
 

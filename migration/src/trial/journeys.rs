@@ -255,6 +255,12 @@ fn a_busy_guest_stays_if_so_wished() {
 
 #[test]
 fn a_guest_that_was_slowed_down_runs_freely_after_a_failure() {
+    // On a busy machine its thread may hardly write, and then it need not be slowed down.
+    assert!((0..10).any(|_| is_slowed_down_and_cancelled()));
+}
+
+/// Whether it came to that.
+fn is_slowed_down_and_cancelled() -> bool {
     let world = Arc::<World>::default();
     let (mut guest, options) = (busy_guest(&world), busy_options(NoConvergence::Throttle));
     let (mut network, door) = Network::new(Limits::NONE, Some(Limits::NONE));
@@ -264,7 +270,7 @@ fn a_guest_that_was_slowed_down_runs_freely_after_a_failure() {
     let destination = thread::Builder::new().spawn(move || {
         let progress = &mut |_: &Progress| {};
         let watch = Watch { progress, cancel: waits, record: Box::new(NoRecord) };
-        receive(&mut host, door, &patience(), watch).err().unwrap()
+        drop(receive(&mut host, door, &patience(), watch));
     });
     let mut slowest = 0;
     let progress = &mut |progress: &Progress| {
@@ -274,12 +280,14 @@ fn a_guest_that_was_slowed_down_runs_freely_after_a_failure() {
         }
     };
     let watch = Watch { progress, cancel, record: Box::new(NoRecord) };
-    let failure = send(&mut guest, || network.connect(), &options, watch).err().unwrap();
+    let sent = send(&mut guest, || network.connect(), &options, watch);
+    done.cancel();
+    destination.unwrap().join().unwrap();
+    let Err(failure) = sent else { return false };
     assert_eq!(failure.report.status, Status::Cancelled);
     assert!(slowest > 0 && failure.report.throttled_percent == slowest);
     assert_eq!(guest.throttled(), 0);
-    done.cancel();
-    destination.unwrap().join().unwrap();
+    true
 }
 
 #[test]

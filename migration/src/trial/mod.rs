@@ -9,5 +9,7 @@ mod matrix;
 mod network;
 mod peers;
 mod restarts;
+mod shared;
+mod snapshots;
 mod streams;
 mod visitors;

@@ -90,6 +90,12 @@ impl<S: Stream> Channel<S> {
         }
     }
 
+    /// Greets where nobody will answer.
+    pub(crate) fn begin(&mut self) -> Result<(), PeerError> {
+        self.link.gather(&Hello::OURS.encode());
+        self.link.flush()
+    }
+
     /// Waits for a greeting and answers it.
     pub fn answer_greeting(&mut self, limit: Duration) -> Result<(), PeerError> {
         let understood = self.greeted(limit);
@@ -100,7 +106,8 @@ impl<S: Stream> Channel<S> {
         understood
     }
 
-    fn greeted(&mut self, limit: Duration) -> Result<(), PeerError> {
+    /// Waits for a greeting, and does not answer it.
+    pub(crate) fn greeted(&mut self, limit: Duration) -> Result<(), PeerError> {
         let until = Instant::now() + limit;
         while self.link.ahead().len() < hello::SIZE && could_be(self.link.ahead()) {
             match self.link.fill(until) {
@@ -262,6 +269,23 @@ impl<S: Stream> Channel<S> {
             Received::Ram { .. } | Received::Zero(_) => Err(self.garbage("memory".into())),
             Received::State(_) => Err(self.garbage("state".into())),
         }
+    }
+
+    /// Whether files can be passed over it.
+    pub(crate) fn is_local(&self) -> bool {
+        self.link.is_local()
+    }
+
+    /// Passes `file` to a peer that said PASS.
+    pub(crate) fn pass_file(&mut self, file: &File) -> Result<(), PeerError> {
+        self.link.pass_file(file)
+    }
+
+    /// Says PASS, and takes the file that the peer passes within `limit`.
+    pub(crate) fn take_file(&mut self, limit: Duration) -> Result<File, PeerError> {
+        self.send(&Message::Pass)?;
+        let file = self.link.take_file(Instant::now() + limit)?;
+        file.ok_or_else(|| self.garbage("no memory, or more than one file".into()))
     }
 
     /// Reads the content of pages into `slice`, which maps `backing` if that is a file.

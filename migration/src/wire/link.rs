@@ -10,7 +10,7 @@ use vm_memory::{VolatileMemoryError, VolatileSlice};
 
 use super::conduit::Conduit;
 use super::frame::HEADER;
-use super::{PeerError, Stream};
+use super::{PeerError, Stream, passing};
 use crate::patience::{Cancel, TICK};
 
 /// How much is read ahead, and gathered before it is written.
@@ -185,6 +185,37 @@ impl<S: Stream> Link<S> {
             }
         }
         self.stream.read_volatile(memory).map_err(io_error)
+    }
+
+    /// Whether files can be passed over it.
+    pub(super) fn is_local(&self) -> bool {
+        self.stream.local().is_some()
+    }
+
+    /// Passes `file`, ahead of which nothing is gathered.
+    pub(super) fn pass_file(&mut self, file: &File) -> Result<(), PeerError> {
+        let until = self.soon();
+        let sent = self.patiently(until, |link| match link.stream.local() {
+            Some(socket) => passing::pass(socket, file),
+            None => Err(ErrorKind::Unsupported.into()),
+        })?;
+        self.sent += sent as u64;
+        Ok(())
+    }
+
+    /// Takes the file that the next byte brings; none if it brings none. Nothing is read ahead: the
+    /// peer was told just now that it may pass one.
+    pub(super) fn take_file(&mut self, until: Instant) -> Result<Option<File>, PeerError> {
+        if !self.ahead().is_empty() {
+            return Ok(None);
+        }
+        let mut file = None;
+        let came = self.patiently(until, |link| match link.stream.local() {
+            Some(socket) => passing::take(socket, &mut file),
+            None => Err(ErrorKind::Unsupported.into()),
+        })?;
+        self.received += came as u64;
+        Ok(file)
     }
 
     /// Gathers `bytes`, to be written with what follows.

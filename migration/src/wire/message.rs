@@ -58,6 +58,10 @@ pub enum Message {
     Back(String),
     /// Destination: and that was the last.
     Settled,
+    /// Source, before OFFER, over a Unix socket: the memory itself can be had as a file.
+    Share,
+    /// Destination: pass it, with one byte.
+    Pass,
 }
 
 impl Message {
@@ -77,6 +81,8 @@ impl Message {
             Self::Done(_) => "DONE",
             Self::Back(_) => "BACK",
             Self::Settled => "SETTLED",
+            Self::Share => "SHARE",
+            Self::Pass => "PASS",
             Self::Query(_) => "QUERY",
             Self::Answer(_) => "ANSWER",
             Self::GaveUp(_) => "GAVE UP",
@@ -130,7 +136,7 @@ mod tests {
     #[test]
     fn messages_keep_their_numbers() {
         let token: Token = "00112233445566778899aabbccddeeff".parse().unwrap();
-        let named: [(u8, Message); 15] = [
+        let named: [(u8, Message); 17] = [
             (1, Message::Accepted(token)),
             (3, Message::RoundEnd),
             (4, Message::RoundTaken),
@@ -146,6 +152,8 @@ mod tests {
             (15, Message::Alive),
             (16, Message::Back(String::new())),
             (17, Message::Settled),
+            (18, Message::Share),
+            (19, Message::Pass),
         ];
         for (number, message) in named {
             assert_eq!(postcard::to_stdvec(&message).unwrap()[0], number, "{}", message.name());

@@ -9,6 +9,7 @@ mod lanes;
 mod link;
 mod message;
 mod pace;
+mod passing;
 mod stream;
 
 pub use channel::Channel;

@@ -1,5 +1,6 @@
 //! The sockets that a migration runs over.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,6 +22,11 @@ pub trait Stream: Read + Write + ReadVolatile + WriteVolatile + Send {
 
     /// The socket, if there is nothing else between the two ends.
     fn socket(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// The same, if files can be passed over it.
+    fn local(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 }
@@ -59,8 +65,23 @@ impl Stream for UnixStream {
         "a local socket".into()
     }
 
+    fn local(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.as_fd())
+    }
+
     fn socket(&self) -> Option<BorrowedFd<'_>> {
         Some(self.as_fd())
+    }
+}
+
+/// A file as one end: what is read was written before.
+impl Stream for File {
+    fn set_timeout(&self, _: Duration) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn peer(&self) -> String {
+        "a file".into()
     }
 }
 

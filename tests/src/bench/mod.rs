@@ -1,5 +1,6 @@
 //! `cargo lab bench`: what the README claims, measured against others in one run.
 pub mod boot;
+pub mod handover;
 pub mod migration;
 mod pulse;
 mod qmp;

@@ -54,6 +54,22 @@ pub(super) struct Stand {
     dir: TempDir,
 }
 
+/// A guest that goes from process to process of this host.
+pub(super) struct Nomad {
+    running: Running,
+    /// How many processes it was in before.
+    moves: usize,
+    mib: u64,
+}
+
+/// What a hand-over took, as uvmm reports it: its memory is in both processes, so who looks from
+/// outside cannot tell where it runs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Handed {
+    pub(super) total_ms: f64,
+    pub(super) downtime_ms: f64,
+}
+
 /// A VMM that runs. Dropped, it is killed.
 struct Running {
     process: Child,
@@ -97,6 +113,33 @@ impl Stand {
         })?;
         let Seen { downtime, growth_mib } = seen;
         Ok((Journey { seconds, downtime_ms: downtime.as_secs_f64() * 1e3, growth_mib }, besides))
+    }
+
+    /// Starts a guest of `mib` that has filled a fifth of its memory.
+    pub(super) fn settle(&self, mib: u64) -> Result<Nomad> {
+        let mut command = self.uvmm.command(["run", "--memory", &format!("{mib}M")]);
+        command.args(["--cmdline", &format!("run=fill {SEED} 20;rewrite 1 20")]);
+        let running = self.start(&nomad(mib, 0), command)?;
+        running.says("rewrite ok")?;
+        Ok(Nomad { running, moves: 0, mib })
+    }
+
+    /// Hands `guest` over to another process, memory and all.
+    pub(super) fn hand_over(&self, guest: &mut Nomad) -> Result<Handed> {
+        let Nomad { mib, moves, .. } = *guest;
+        let (from, to) = (nomad(mib, moves), nomad(mib, moves + 1));
+        let address = format!("unix:{}", self.dir.path().join(format!("{to}.in")).display());
+        let next = self.start(&to, self.uvmm.command(["run", "--incoming", &address]))?;
+        let mut command = self.uvmm.command(["migrate", "--vm", &from, "--to", &address]);
+        let child = command.args(["--shared-memory", "--json"]);
+        let child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let report = Report::of(child.context(|| "cannot run uvmm".into())?, MIGRATION)?;
+        if let Some(error) = report.error {
+            return Err(Error::Guest(error));
+        }
+        guest.moves += 1;
+        guest.running = next;
+        Ok(Handed { total_ms: report.total_ms, downtime_ms: report.downtime_ms })
     }
 
     fn go(&self, vmm: Vmm, source: &mut Running, address: &str) -> Result<()> {
@@ -193,6 +236,10 @@ impl Stand {
         }
         Ok(())
     }
+}
+
+fn nomad(mib: u64, moves: usize) -> String {
+    format!("nomad-{mib}-{moves}")
 }
 
 impl Vmm {

@@ -44,6 +44,10 @@ pub(super) struct MigrateArgs {
     /// The most to send in a second, such as 100M or 1G (bytes) [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     bandwidth_limit: Option<Size>,
+    /// Pass the memory itself to a VM that waits on this host, at unix:PATH: takes no longer for more
+    /// memory.
+    #[arg(long, conflicts_with_all = ["streams", "bandwidth_limit"])]
+    shared_memory: bool,
     /// Print one JSON object on standard output.
     #[arg(long)]
     json: bool,
@@ -88,6 +92,7 @@ impl MigrateArgs {
             downtime_limit_ms: u64::try_from(self.downtime_limit.as_millis())?,
             on_no_convergence: self.on_no_convergence,
             bandwidth_limit: self.bandwidth_limit.map(|Size(bytes)| bytes),
+            shared_memory: self.shared_memory,
         });
         let mut watch = Watch::begin(client.name())?;
         if self.dry_run {

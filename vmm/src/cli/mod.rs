@@ -6,6 +6,7 @@ mod migrate;
 mod plug;
 mod resolve;
 mod run;
+mod snapshot;
 mod vms;
 
 use std::error::Error;
@@ -46,7 +47,9 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Move a guest to the host that waits for it with `uvmm run --incoming`.
     Migrate(migrate::MigrateArgs),
-    /// Give up the migration that is under way; the guest goes on here.
+    /// Write a guest to a file, from which `uvmm run --restore` makes copies of it.
+    Snapshot(snapshot::SnapshotArgs),
+    /// Give up the migration or snapshot that is under way; the guest goes on here.
     Cancel(Vm),
     /// Show or decide a migration whose outcome is not known.
     Resolve(resolve::ResolveArgs),
@@ -119,6 +122,7 @@ fn obey(command: Command) -> Outcome {
     match command {
         Command::Run(args) => Ok(report_end(session::run(args.begin()?)?)),
         Command::Migrate(args) => args.migrate(),
+        Command::Snapshot(args) => args.write(),
         Command::Cancel(vm) => vm.tell(&Request::Cancel {}),
         Command::Resolve(args) => args.resolve(),
         Command::Plug(args) => args.plug(),
@@ -202,6 +206,8 @@ mod tests {
             ("uvmm migrate", "--to"),
             ("uvmm migrate --to host", "write HOST:PORT"),
             ("uvmm migrate --to h:1 --downtime-limit 3", "write a number and a unit"),
+            ("uvmm migrate --to h:1 --shared-memory --streams 2", "cannot be used with"),
+            ("uvmm snapshot", "<FILE>"),
             ("uvmm plug", "--device"),
             ("uvmm plug --device vfio,id=n", "needs host="),
             ("uvmm unplug", "<ID>"),

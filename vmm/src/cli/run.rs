@@ -63,6 +63,10 @@ pub(super) struct RunArgs {
     /// then those of that guest, and --kernel is what it boots if it asks for a reset
     #[arg(long, value_name = "ADDRESS")]
     incoming: Option<Address>,
+    /// Restore the guest that `uvmm snapshot` wrote to this file: a copy, which may run beside the
+    /// guest itself and other copies; memory, vCPUs and --kernel are as for --incoming
+    #[arg(long, value_name = "FILE")]
+    restore: Option<PathBuf>,
     /// Append the log to this file instead of writing it to standard error
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
@@ -116,6 +120,7 @@ impl RunArgs {
             devices: with_others(self.devices, other.devices),
             serial: self.serial.or(other.serial),
             incoming: self.incoming.or(other.incoming),
+            restore: self.restore.or(other.restore),
             log: self.log.or(other.log),
             verbose: self.verbose.max(other.verbose),
         }
@@ -134,7 +139,7 @@ impl RunArgs {
             Some(CpuSource::File(path)) => Some(path),
             _ => None,
         };
-        let own = [&mut self.kernel, &mut self.initrd, &mut self.log];
+        let own = [&mut self.kernel, &mut self.initrd, &mut self.restore, &mut self.log];
         for path in own.into_iter().flatten().chain(serial).chain(incoming).chain(cpu) {
             *path = dir.join(&*path);
         }
@@ -157,6 +162,7 @@ impl RunArgs {
             devices: self.devices,
             serial: self.serial.unwrap_or_default(),
             incoming: self.incoming,
+            restore: self.restore,
         })
     }
 }
@@ -187,7 +193,7 @@ mod tests {
         }
     }
 
-    const FLAGS: [&str; 27] = [
+    const FLAGS: [&str; 29] = [
         "--name",
         "a",
         "--kernel",
@@ -211,6 +217,8 @@ mod tests {
         "file=s",
         "--incoming",
         "unix:u",
+        "--restore",
+        "r",
         "--log",
         "l",
         "-v",
@@ -229,6 +237,7 @@ mod tests {
         device = [{ type = 'vfio', id = 'n', host = '0000:01:10.0' }]
         serial = 'file=s'
         incoming = 'unix:u'
+        restore = 'r'
         log = 'l'
         verbose = 2
     ";
@@ -279,6 +288,7 @@ mod tests {
         assert_eq!(args.initrd, Some("/abs".into()));
         assert_eq!(args.log, Some("/d/l".into()));
         assert_eq!(args.cpu, Some(CpuSource::File("/d/pool.toml".into())));
+        assert_eq!(args.restore, Some("/d/r".into()));
         assert_eq!(args.serial, Some(SerialMode::File("/d/s".into())));
         assert_eq!(args.incoming, Some(Address::Unix("/d/u".into())));
     }

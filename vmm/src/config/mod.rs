@@ -50,6 +50,8 @@ pub struct RunConfig {
     pub serial: SerialMode,
     /// Wait here for a guest that is migrated to this VM, instead of booting one.
     pub incoming: Option<Address>,
+    /// Restore the guest that this snapshot holds, instead of booting one.
+    pub restore: Option<PathBuf>,
 }
 
 /// What the guest boots.
@@ -151,6 +153,9 @@ pub enum ConfigError {
     /// Devices that cannot be in one machine.
     #[error(transparent)]
     Devices(#[from] TogetherError),
+    /// A guest from elsewhere, and one from a file.
+    #[error("there is room for one guest: leave out --incoming or --restore")]
+    TwoGuests,
     /// Something that only a kernel can use.
     #[error("{0} needs --kernel: the built-in guest takes none")]
     NeedsKernel(&'static str),
@@ -197,6 +202,9 @@ impl RunConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         self.machine.check()?;
         self.machine.check_host(self.hugepages)?;
+        if self.incoming.is_some() && self.restore.is_some() {
+            return Err(ConfigError::TwoGuests);
+        }
         let Boot { kernel, initrd, .. } = &self.boot;
         if initrd.is_some() && kernel.is_none() {
             return Err(ConfigError::NeedsKernel("--initrd"));
@@ -219,6 +227,7 @@ mod tests {
             devices: Vec::new(),
             serial: SerialMode::Null,
             incoming: None,
+            restore: None,
         }
     }
 
@@ -286,5 +295,7 @@ mod tests {
         config.check().unwrap();
         config.incoming = Some("tcp:127.0.0.1:0".parse().unwrap());
         config.check().expect("a guest that arrives boots it when it asks for a reset");
+        config.restore = Some("snapshot".into());
+        assert!(matches!(config.check(), Err(ConfigError::TwoGuests)));
     }
 }

@@ -1,6 +1,7 @@
 //! The messages of the control socket.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use migration::policy::NoConvergence;
 use serde::{Deserialize, Serialize};
@@ -31,7 +32,10 @@ pub enum Request {
     },
     /// Move the guest. Answered by [`MigrationReport`], or by [`DryRun`].
     Migrate(MigrateRequest),
-    /// Give up the migration that is under way. Answered by `null` when it was told so; the
+    /// Write the guest to a file. Answered by [`MigrationReport`], whose status is `completed` once
+    /// the file is whole.
+    Snapshot(SnapshotRequest),
+    /// Give up the migration or snapshot that is under way. Answered by `null` when it was told so; the
     /// client that started it gets its outcome.
     Cancel {},
     /// Show or decide a migration whose outcome is not known. Answered by [`Undecided`] or
@@ -77,6 +81,20 @@ pub struct MigrateRequest {
     /// The most bytes to send in a second; `None` for no limit.
     #[serde(default)]
     pub bandwidth_limit: Option<u64>,
+    /// Pass the memory itself to a peer on this host, instead of what is in it.
+    #[serde(default)]
+    pub shared_memory: bool,
+}
+
+/// How a guest is to be written to a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// An absolute path. A file that is there is replaced once the new one is whole.
+    pub file: PathBuf,
+    /// End the VM then.
+    #[serde(default)]
+    pub stop: bool,
 }
 
 /// What an operator decides about a guest that stands still after a migration whose outcome
@@ -329,7 +347,12 @@ mod tests {
                     downtime_limit_ms: 300,
                     on_no_convergence: NoConvergence::Stop,
                     bandwidth_limit: None,
+                    shared_memory: false,
                 }),
+            ),
+            (
+                r#"{"command":"snapshot","file":"/s"}"#,
+                Request::Snapshot(SnapshotRequest { file: "/s".into(), stop: false }),
             ),
             (
                 r#"{"command":"unplug","id":"net0","timeout_ms":9}"#,
@@ -370,11 +393,14 @@ mod tests {
     }
 
     fn requests() -> impl Strategy<Value = Request> {
-        let migrate = (any::<bool>(), any::<Option<u8>>(), any::<u64>(), any::<Option<u64>>());
+        let migrate = (any::<[bool; 2]>(), any::<Option<u8>>(), any::<u64>(), any::<Option<u64>>());
         prop_oneof![
             Just(Request::Info {}),
             Just(Request::Cancel {}),
             any::<bool>().prop_map(|force| Request::Stop { force }),
+            ("/[a-z ]{0,9}", any::<bool>()).prop_map(|(file, stop)| {
+                Request::Snapshot(SnapshotRequest { file: file.into(), stop })
+            }),
             Just(Request::Resolve { decision: None }),
             any::<(u8, u64)>().prop_map(|(number, timeout_ms)| Request::Unplug {
                 id: format!("net{number}").parse().unwrap(),
@@ -388,7 +414,8 @@ mod tests {
                 timeout_ms,
             }),
             Just(Request::Resolve { decision: Some(Decision::Discard) }),
-            migrate.prop_map(|(dry_run, streams, downtime_limit_ms, bandwidth_limit)| {
+            migrate.prop_map(|(flags, streams, downtime_limit_ms, bandwidth_limit)| {
+                let [dry_run, shared_memory] = flags;
                 let to = "[::1]:1".parse().unwrap();
                 Request::Migrate(MigrateRequest {
                     to,
@@ -397,6 +424,7 @@ mod tests {
                     downtime_limit_ms,
                     on_no_convergence: NoConvergence::Throttle,
                     bandwidth_limit,
+                    shared_memory,
                 })
             }),
         ]
@@ -416,7 +444,7 @@ mod tests {
 
         #[test]
         fn no_json_makes_the_parser_panic(
-            line in r#"\{"command":"(migrate|stop|resolve|plug|unplug)","[a-z_]{1,9}":(null|-?[0-9]{1,30}|"[^"]{0,9}"|\[\[|\{\})\}"#
+            line in r#"\{"command":"(migrate|snapshot|stop|resolve|plug|unplug)","[a-z_]{1,9}":(null|-?[0-9]{1,30}|"[^"]{0,9}"|\[\[|\{\})\}"#
         ) {
             let _ = Request::parse(line.as_bytes());
         }

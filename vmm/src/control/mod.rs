@@ -21,7 +21,8 @@ mod tests;
 pub use client::{Client, ClientError};
 pub use message::{
     Decision, DeviceReport, DryRun, Info, LINE_MAX, MigrateRequest, MigrationReport,
-    MigrationStatus, PlannedDevice, PlannedStep, Progress, Request, RequestError, State, Undecided,
+    MigrationStatus, PlannedDevice, PlannedStep, Progress, Request, RequestError, SnapshotRequest,
+    State, Undecided,
 };
 pub use replier::Replier;
 pub use runtime_dir::{Claim, RuntimeDir, RuntimeDirError};

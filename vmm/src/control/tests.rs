@@ -134,6 +134,7 @@ fn a_client_that_reads_slowly_still_gets_the_end() {
         downtime_limit_ms: 300,
         on_no_convergence: Default::default(),
         bandwidth_limit: None,
+        shared_memory: false,
     });
     let mut heard = 0;
     let report: MigrationReport = connect(&dir)

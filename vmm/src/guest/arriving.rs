@@ -1,5 +1,7 @@
 //! A machine on its way in.
 
+use std::fs::File;
+
 use devices::pci::identity::Identity;
 use migration::compat::{Mismatch, Offer, Profile, Rule, Value, agree_in_terms};
 use migration::guest::{Arriving, Host};
@@ -101,16 +103,20 @@ impl Awaiting {
 impl Host for Builder {
     type Guest = Awaiting;
 
-    fn prepare(&mut self, offer: &Offer) -> Result<Awaiting, Vec<Mismatch>> {
+    fn prepare(&mut self, offer: &Offer, memory: Option<File>) -> Result<Awaiting, Vec<Mismatch>> {
         let blueprint: Blueprint = decode_exact(&offer.config)
             .map_err(|error| refusal("machine", "a machine", cause::chain(&error), SAME_UVMM))?;
         let config = &blueprint.machine;
-        config.check().and_then(|()| config.check_host(self.host.hugepages)).map_err(|error| {
+        let fits = config.check().and_then(|()| match memory {
+            Some(_) => Ok(()), // it is on this host already
+            None => config.check_host(self.host.hugepages),
+        });
+        fits.map_err(|error| {
             refusal("machine", &format!("{config:?}"), cause::chain(&error), CHOOSE_ANOTHER)
         })?;
         // Its devices come with its state, which tells which of them it has.
         let bare = HostSide { devices: Vec::new(), ..self.host.clone() };
-        let mut machine = Machine::empty(config, &bare).map_err(|error| {
+        let mut machine = Machine::empty(config, &bare, memory.as_ref()).map_err(|error| {
             refusal("host", "a new machine", cause::chain(&error), CHOOSE_ANOTHER)
         })?;
         let (host, built) = (machine.shown(), machine.seen());

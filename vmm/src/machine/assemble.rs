@@ -1,5 +1,6 @@
 //! From a configuration to a machine: the one table of its devices.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use devices::bus::{Bus, BusDevice, BusError};
@@ -25,7 +26,7 @@ use crate::config::{Boot, DeviceConfig, HugePages, MachineConfig};
 use crate::console::{Output, Room};
 use crate::event::Events;
 use crate::kvm::{self, IrqLine, Routes, Vm};
-use crate::memory;
+use crate::memory::{self, Ram};
 use crate::power::PowerSwitch;
 use crate::vcpu::{self, Exits, Vcpu, Vcpus, Wiring};
 
@@ -89,7 +90,8 @@ impl Machine {
         boot: &Boot,
         host: &HostSide,
     ) -> Result<Self, Error> {
-        Self::assemble(config, host, |vm, first, processors| {
+        let ram = memory::allocate(config.memory, host.hugepages)?;
+        Self::assemble(config, host, ram, |vm, first, processors| {
             processors.check()?;
             processors.tell_surplus(&cpuid::shown(first)?);
             let bits = cpuid::address_bits(&processors.cpuid);
@@ -102,21 +104,29 @@ impl Machine {
         })
     }
 
-    /// A machine that waits for a state and the content of its RAM.
+    /// A machine that waits for a state, and for the content of its RAM if that is not `memory`.
     ///
     /// Its processors have no more than this host gives, whatever was asked for: the state brings
     /// those that its guest knows.
-    pub(crate) fn empty(config: &MachineConfig, host: &HostSide) -> Result<Self, Error> {
-        Self::assemble(config, host, |_, _, _| Ok(()))
+    pub(crate) fn empty(
+        config: &MachineConfig,
+        host: &HostSide,
+        memory: Option<&File>,
+    ) -> Result<Self, Error> {
+        let ram = match memory {
+            Some(file) => memory::adopt(file, config.memory, host.hugepages)?,
+            None => memory::allocate(config.memory, host.hugepages)?,
+        };
+        Self::assemble(config, host, ram, |_, _, _| Ok(()))
     }
 
-    /// Builds the machine; `load` fills its RAM and readies its first vCPU.
+    /// Builds the machine around `ram`; `load` fills that and readies the first vCPU.
     fn assemble(
         config: &MachineConfig,
         host: &HostSide,
+        ram: Ram,
         load: impl FnOnce(&Vm, &VcpuFd, &Processors) -> Result<(), Error>,
     ) -> Result<Self, Error> {
-        let ram = memory::allocate(config.memory, host.hugepages)?;
         let vm = Arc::new(Vm::new(ram)?);
         let NewVcpus { fds, shown, processors, seen } = create_vcpus(&vm, config)?;
         load(&vm, &fds[0], &processors)?;

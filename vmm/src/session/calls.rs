@@ -7,12 +7,15 @@ use migration::handover::{GivingEvent, Verdict};
 
 use super::{Ending, Next, Session, Tenant};
 use crate::cause;
+use crate::config::Address;
 use crate::control::{
-    Call, Decision, Info, MigrateRequest, Replier, Request, State, StateDir, Undecided,
+    Call, Decision, Info, MigrateRequest, Replier, Request, SnapshotRequest, State, StateDir,
+    Undecided,
 };
 use crate::guest::{Leaving, Stays, Traits};
-use crate::machine::Machine;
+use crate::machine::{Machine, Seats};
 use crate::migrate::{self, NotBegun};
+use crate::snapshot;
 
 impl Session {
     /// Answers `call`, at once or, a migration, when it is over.
@@ -34,6 +37,7 @@ impl Session {
             }
             Request::Stop { force: false } => return self.stop(reply),
             Request::Migrate(request) => self.migrate(request, reply),
+            Request::Snapshot(request) => self.snapshot(request, reply),
             Request::Cancel {} => reply.finish(self.cancel()),
             Request::Resolve { decision } => return self.resolve(decision, reply),
             Request::Plug { device, timeout_ms } => self.plug(device, timeout_ms, reply),
@@ -51,7 +55,7 @@ impl Session {
             Tenant::Here(machine) if machine.is_running() => (State::Running, None, None),
             Tenant::Here(_) | Tenant::Between => (State::Paused, None, None),
             Tenant::Leaving { underway, .. } => (State::Migrating, Some(underway), None),
-            Tenant::Arriving { underway, at } => (State::Incoming, Some(underway), Some(at)),
+            Tenant::Arriving { underway, at } => (State::Incoming, Some(underway), at.as_ref()),
             Tenant::Undecided { .. } => (State::Undecided, None, None),
         };
         Info {
@@ -74,9 +78,9 @@ impl Session {
     pub(super) fn machine(&mut self, what: &str) -> Result<&mut Machine, String> {
         match &mut self.tenant {
             Tenant::Here(machine) => Ok(machine),
-            Tenant::Leaving { .. } => {
-                Err(format!("cannot {what} a guest that is being migrated: cancel that first"))
-            }
+            Tenant::Leaving { .. } => Err(format!(
+                "cannot {what} a guest that is being migrated or written: cancel that first"
+            )),
             Tenant::Arriving { .. } => {
                 Err(format!("there is no guest to {what}: none has arrived yet"))
             }
@@ -107,7 +111,14 @@ impl Session {
     }
 
     fn migrate(&mut self, request: MigrateRequest, reply: Replier) {
-        let fit = self.nothing_is_plugged().and_then(|()| self.machine("migrate").map(|_| ()));
+        let fit =
+            self.nothing_is_plugged().and_then(|()| match (&request.to, request.shared_memory) {
+                (_, false) => self.machine("migrate").map(|_| ()),
+                (Address::Unix(_), true) => self.without_devices("hand over its memory"),
+                (Address::Tcp { .. }, true) => {
+                    Err("memory can be shared only on this host: give --to unix:PATH".to_owned())
+                }
+            });
         let record = fit.and_then(|()| {
             let peer = request.to.to_string();
             let record = StateDir::find().and_then(|dir| dir.record(self.claim.name(), peer));
@@ -117,22 +128,9 @@ impl Session {
             Ok(record) => record,
             Err(error) => return reply.finish::<()>(Err(error)),
         };
-        let Tenant::Here(machine) = mem::replace(&mut self.tenant, Tenant::Between) else {
-            unreachable!("the machine is here")
-        };
-        let seats = machine.seats();
-        let traits = Traits {
-            name: self.claim.name().clone(),
-            built_in: self.boot.as_ref().is_some_and(|boot| boot.kernel.is_none()),
-            bounces: self.bounces,
-            devices: self.host.devices.clone(),
-        };
-        let guest = match Leaving::new(*machine, traits) {
-            Ok(guest) => guest,
-            Err(Stays { machine, error }) => {
-                self.tenant = Tenant::Here(machine);
-                return reply.finish::<()>(Err(cause::chain(&error)));
-            }
+        let (guest, seats) = match self.let_go() {
+            Ok(leaving) => leaving,
+            Err(error) => return reply.finish::<()>(Err(error)),
         };
         let events = self.host.events.clone();
         self.tenant = match migrate::depart(guest, request, reply, record, events) {
@@ -143,6 +141,57 @@ impl Session {
                 self.stays(guest)
             }
         };
+    }
+
+    fn snapshot(&mut self, request: SnapshotRequest, reply: Replier) {
+        let fit = self.nothing_is_plugged().and_then(|()| self.without_devices("be written"));
+        let (guest, seats) = match fit.and_then(|()| self.let_go()) {
+            Ok(leaving) => leaving,
+            Err(error) => return reply.finish::<()>(Err(error)),
+        };
+        let (file, events) = (request.file.display().to_string(), self.host.events.clone());
+        self.tenant = match snapshot::write(guest, request, reply, events) {
+            Ok(underway) => Tenant::Leaving { underway, seats, after: Next::Stay },
+            Err(not_begun) => {
+                let NotBegun { guest, reply, error } = *not_begun;
+                reply.finish::<()>(Err(format!("cannot write {file}: {error}")));
+                self.stays(guest)
+            }
+        };
+    }
+
+    /// Checks that there is a guest, and that it has no device of the host.
+    fn without_devices(&mut self, what: &str) -> Result<(), String> {
+        let machine = self.machine(what)?;
+        let ids: Vec<_> = machine.assigned().ids().map(ToString::to_string).collect();
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let all = ids.join(", ");
+        Err(format!(
+            "a guest cannot {what} with devices of the host, and it has {all}: take them from it \
+             with `uvmm unplug`"
+        ))
+    }
+
+    /// Takes the machine, which is here, for a guest on its way out.
+    fn let_go(&mut self) -> Result<(Leaving, Option<Seats>), String> {
+        let Tenant::Here(machine) = mem::replace(&mut self.tenant, Tenant::Between) else {
+            unreachable!("the machine is here")
+        };
+        let seats = machine.seats();
+        let traits = Traits {
+            name: self.claim.name().clone(),
+            built_in: self.boot.as_ref().is_some_and(|boot| boot.kernel.is_none()),
+            bounces: self.bounces,
+            devices: self.host.devices.clone(),
+        };
+        Leaving::new(*machine, traits).map(|guest| (guest, seats)).map_err(
+            |Stays { machine, error }| {
+                self.tenant = Tenant::Here(machine);
+                cause::chain(&error)
+            },
+        )
     }
 
     /// A guest that did not leave, with the devices that it still has.

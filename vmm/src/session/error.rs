@@ -1,6 +1,7 @@
 //! Why there is no guest.
 
 use std::io;
+use std::path::PathBuf;
 
 use crate::config::Address;
 use crate::console::ConsoleError;
@@ -50,10 +51,22 @@ pub(crate) enum Error {
     /// No guest arrived.
     #[error("no guest arrived")]
     Arrival(#[source] migration::Error),
+    /// There is no such file.
+    #[error("cannot read the snapshot {path}", path = path.display())]
+    Snapshot {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no guest in the file.
+    #[error("no guest was restored")]
+    Restore(#[source] migration::Error),
     /// A guest that came from elsewhere asked for a reset.
     #[error(
         "the guest asked for a reset, and there is nothing here to boot it from: \
-         give --kernel beside --incoming"
+         give --kernel beside --incoming or --restore"
     )]
     NothingToBoot,
 }

@@ -8,6 +8,7 @@ mod hotplug;
 mod seat;
 
 use std::mem;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
@@ -27,6 +28,7 @@ use crate::hotplug::Underway as Plugging;
 use crate::machine::{Alarm, HostSide, Machine, Seats};
 use crate::migrate::{self, Arrival, Departure, Outcome, Underway};
 use crate::signals::Signals;
+use crate::snapshot::{self, Restored, Snapped};
 use crate::vcpu::block_kicks;
 
 /// How a stay ended.
@@ -143,11 +145,11 @@ struct Session {
 enum Tenant {
     /// Here.
     Here(Box<Machine>),
-    /// On its way out; its machine is with the migration. `after` is what comes next if it does
+    /// On its way out, or into a file; its machine is with the migration. `after` is what comes next if it does
     /// not get away.
     Leaving { underway: Underway, seats: Option<Seats>, after: Next },
-    /// On its way in, or awaited at this address.
-    Arriving { underway: Underway, at: Address },
+    /// On its way in: awaited at this address, or read from a file.
+    Arriving { underway: Underway, at: Option<Address> },
     /// Here and standing still, since nobody knows whether it runs elsewhere.
     Undecided {
         guest: Box<Leaving>,
@@ -186,9 +188,10 @@ impl Session {
             plugging: Vec::new(),
             orders: 0,
         };
-        match session.config.incoming.clone() {
-            None => session.boot()?,
-            Some(address) => session.await_guest(address)?,
+        match (session.config.incoming.clone(), session.config.restore.clone()) {
+            (None, None) => session.boot()?,
+            (None, Some(path)) => session.restore(path)?,
+            (Some(address), _) => session.await_guest(address)?,
         }
         Ok(session)
     }
@@ -201,11 +204,18 @@ impl Session {
         let boot = self.boot.as_ref().ok_or(Error::NothingToBoot)?;
         self.bounces = boot.bounces_dma();
         let mut machine = Machine::booted(&self.shape, boot, &self.host)?;
-        self.seat.take(&machine);
-        self.host.alarm.ring();
+        self.seat(&machine);
         machine.resume()?;
         self.tenant = Tenant::Here(Box::new(machine));
         Ok(())
+    }
+
+    /// Turns the console and the host's clock to `machine`.
+    fn seat(&self, machine: &Machine) {
+        self.seat.take(machine);
+        self.host.alarm.ring();
+        // What was typed before it was here waits.
+        self.host.room.notify();
     }
 
     fn await_guest(&mut self, address: Address) -> Result<(), Error> {
@@ -215,7 +225,15 @@ impl Session {
         let (underway, at) = migrate::await_arrival(&address, builder, record, events)
             .map_err(|source| Error::Incoming { at: address, source })?;
         tracing::info!(%at, "waiting for a guest");
-        self.tenant = Tenant::Arriving { underway, at };
+        self.tenant = Tenant::Arriving { underway, at: Some(at) };
+        Ok(())
+    }
+
+    fn restore(&mut self, path: PathBuf) -> Result<(), Error> {
+        let (builder, events) = (Builder::new(self.host.clone()), self.host.events.clone());
+        let underway = snapshot::read(&path, builder, events)
+            .map_err(|source| Error::Snapshot { path, source })?;
+        self.tenant = Tenant::Arriving { underway, at: None };
         Ok(())
     }
 
@@ -233,6 +251,8 @@ impl Session {
             Event::Quit => self.next_unless_leaving(Next::End(Ending::Quit)),
             Event::Departed(departure) => self.departed(*departure),
             Event::Arrived(arrival) => self.arrived(*arrival)?,
+            Event::Snapped(snapped) => self.snapped(*snapped),
+            Event::Restored(restored) => self.restored(*restored)?,
             Event::Plugged(serial) => self.plugged(serial),
         };
         match next {
@@ -301,6 +321,32 @@ impl Session {
         }
     }
 
+    fn snapped(&mut self, snapped: Snapped) -> Next {
+        let Tenant::Leaving { after, .. } = mem::replace(&mut self.tenant, Tenant::Between) else {
+            unreachable!("a snapshot ends the leaving that it began with")
+        };
+        let (guest, goes_on) = snapped.conclude();
+        if !goes_on {
+            return Next::End(Ending::Quit);
+        }
+        self.tenant = self.stays(guest);
+        after
+    }
+
+    fn restored(&mut self, restored: Restored) -> Result<Next, Error> {
+        match restored {
+            Ok(guest) => {
+                self.settle(guest.settle(), Homecoming::unheard());
+                Ok(Next::Stay)
+            }
+            // Whoever cancelled it wanted the end.
+            Err(failure) => match failure.error {
+                migration::Error::Cancelled => Ok(Next::End(Ending::Quit)),
+                error => Err(Error::Restore(error)),
+            },
+        }
+    }
+
     /// A guest is here to stay: it gets back the devices that it had to do without.
     fn settle(&mut self, settler: Settler, homecoming: Homecoming) {
         let Settler { machine, built_in, bounces, devices } = settler;
@@ -308,8 +354,7 @@ impl Session {
         self.boot = (local || built_in).then(|| self.config.boot.clone());
         self.bounces = bounces;
         self.shape = machine.config().clone();
-        self.seat.take(&machine);
-        self.host.alarm.ring();
+        self.seat(&machine);
         self.tenant = Tenant::Here(Box::new(machine));
         self.bring_home(devices, homecoming);
     }

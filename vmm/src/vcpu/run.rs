@@ -13,7 +13,8 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{Command, signal};
-use crate::arch::vcpu;
+use crate::arch::{msr, vcpu};
+use crate::cause;
 use crate::event::{Event, Events};
 use crate::kvm::{Vm, tsc};
 
@@ -41,6 +42,8 @@ pub(super) struct Runner {
     running: bool,
     /// How long to stay out of the guest, once, although it runs.
     rest: Option<Duration>,
+    /// What is still to be written before it first runs here.
+    later: Vec<(u32, u64)>,
 }
 
 /// Why a vCPU is out of the guest.
@@ -55,7 +58,7 @@ enum Left {
 
 impl Runner {
     pub(super) fn new(index: u8, fd: VcpuFd, vm: Arc<Vm>, wiring: Wiring) -> Self {
-        Self { index, fd, vm, wiring, running: false, rest: None }
+        Self { index, fd, vm, wiring, running: false, rest: None, later: Vec::new() }
     }
 
     /// Does what it is told until it is told to end.
@@ -74,7 +77,7 @@ impl Runner {
                     drop(reply.send(vcpu::used_msrs(self.vm.kvm(), &self.fd)));
                 }
                 Some(Command::Load(state, reply)) => {
-                    drop(reply.send(vcpu::load(self.vm.kvm(), &self.fd, *state)));
+                    drop(reply.send(self.load(*state)));
                 }
                 Some(Command::SetTscOffset(offset, reply)) => {
                     drop(reply.send(tsc::set_offset(&self.fd, offset)));
@@ -100,8 +103,18 @@ impl Runner {
     }
 
     fn resume(&mut self) {
+        let later = std::mem::take(&mut self.later);
+        if let Err(error) = msr::write(&self.fd, &later) {
+            let why = format!("cannot go on: {}", cause::chain(&error));
+            return self.wiring.events.send(Event::Died { vcpu: self.index, why });
+        }
         vcpu::note_pause(&self.fd);
         self.running = true;
+    }
+
+    fn load(&mut self, state: vcpu::VcpuV1) -> Result<(), crate::kvm::Error> {
+        self.later = vcpu::load(self.vm.kvm(), &self.fd, state)?;
+        Ok(())
     }
 
     fn pause(&mut self, reply: &Sender<()>) {
@@ -113,7 +126,8 @@ impl Runner {
     }
 
     fn save(&self) -> Result<vcpu::VcpuV1, crate::kvm::Error> {
-        vcpu::save(self.vm.kvm(), &self.fd)
+        let state = vcpu::save(self.vm.kvm(), &self.fd)?;
+        Ok(state.with(&self.later))
     }
 
     /// Finishes an instruction that waits for the result of its exit: KVM does so at the next

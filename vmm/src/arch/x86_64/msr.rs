@@ -32,6 +32,13 @@ fn unlisted() -> impl Iterator<Item = u32> {
     variable_ranges.chain(fixed_ranges).chain([MTRR_DEF_TYPE])
 }
 
+/// Registers by which a guest tells KVM where in its memory to write what: clocks, stolen time,
+/// page faults to come (kernel: virt/kvm/x86/msr.rst). KVM may write as soon as they are set, also
+/// from here.
+pub(crate) fn writes_memory(index: u32) -> bool {
+    matches!(index, 0x11 | 0x12 | 0x4b56_4d00..=0x4b56_4dff)
+}
+
 /// Registers on the list that describe the host or that KVM derives from others.
 fn is_derived(index: u32) -> bool {
     // Hyper-V's registers exist only for guests that were told of Hyper-V: none of ours.

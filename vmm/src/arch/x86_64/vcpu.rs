@@ -141,8 +141,9 @@ pub(crate) fn save(kvm: &Kvm, fd: &VcpuFd) -> Result<VcpuV1, Error> {
     })
 }
 
-/// Makes a new vCPU what `state` says.
-pub(crate) fn load(kvm: &Kvm, fd: &VcpuFd, state: VcpuV1) -> Result<(), Error> {
+/// Makes a new vCPU what `state` says; gives the registers that are still to be written before it
+/// runs. Until then nothing writes to guest memory, which another process may have back.
+pub(crate) fn load(kvm: &Kvm, fd: &VcpuFd, state: VcpuV1) -> Result<Vec<(u32, u64)>, Error> {
     let VcpuV1 {
         mp_state,
         regs,
@@ -173,9 +174,27 @@ pub(crate) fn load(kvm: &Kvm, fd: &VcpuFd, state: VcpuV1) -> Result<(), Error> {
     // After the APIC base, which is in the special registers; before the deadline, which counts
     // only in deadline mode.
     fd.set_lapic(&lapic).map_err(Error::ioctl("KVM_SET_LAPIC"))?;
-    msr::write(fd, &msrs)?;
+    let (later, now): (Vec<_>, _) =
+        msrs.into_iter().partition(|&(index, _)| msr::writes_memory(index));
+    msr::write(fd, &now)?;
     fd.set_vcpu_events(&events).map_err(Error::ioctl("KVM_SET_VCPU_EVENTS"))?;
-    Ok(())
+    Ok(later)
+}
+
+impl VcpuV1 {
+    /// The state of a vCPU that has not run since it was loaded, and so lacks the registers `later`.
+    pub(crate) fn with(mut self, later: &[(u32, u64)]) -> Self {
+        put_in(&mut self.msrs, later);
+        self
+    }
+}
+
+fn put_in(msrs: &mut [(u32, u64)], later: &[(u32, u64)]) {
+    for (index, value) in msrs {
+        if let Some((_, held)) = later.iter().find(|(held, _)| held == index) {
+            *value = *held;
+        }
+    }
 }
 
 /// Tells a guest that it did not run for a while, so that it does not report a lockup.
@@ -269,6 +288,18 @@ mod tests {
             *register = byte.cast_signed();
         }
         lapic
+    }
+
+    #[test]
+    fn what_is_still_to_be_written_is_saved_as_if_it_had_been() {
+        let (kvm_clock, others) = (0x4b56_4d01, [(msr::TSC, 7), (0x277, 9)]);
+        let read = [others[0], others[1], (kvm_clock, 0)];
+        let mut msrs = read;
+        put_in(&mut msrs, &[]);
+        assert_eq!(msrs, read, "of a vCPU that has run");
+        put_in(&mut msrs, &[(kvm_clock, 0x1001)]);
+        assert_eq!(msrs, [others[0], others[1], (kvm_clock, 0x1001)]);
+        assert!(msr::writes_memory(kvm_clock) && others.iter().all(|m| !msr::writes_memory(m.0)));
     }
 
     #[test]

@@ -1,11 +1,15 @@
-//! Processes that are killed in the one moment of a migration that matters. Needs a usable
-//! `/dev/kvm`.
+//! Processes that are killed in the one moment of a migration that matters, and guests that go
+//! other ways. Needs a usable `/dev/kvm`.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod shared_memory;
+mod snapshot;
+mod typing;
 
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -103,6 +107,10 @@ impl Host {
         Self(tempfile::tempdir().unwrap())
     }
 
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
     fn command(&self, line: &str) -> Command {
         let mut command = Command::new(Path::new(env!("CARGO_BIN_EXE_uvmm")));
         command.args(line.split_whitespace()).stdin(Stdio::null());
@@ -120,9 +128,14 @@ impl Host {
     /// Starts a VM and waits until it answers.
     fn run(&self, arguments: &str) -> Vm {
         let line = format!("run --name web --serial null {arguments}");
-        let vm = Vm(self.command(&line).spawn().unwrap());
+        self.start(self.command(&line), "web")
+    }
+
+    /// Starts the VM called `name` by `command`, and waits until it answers.
+    fn start(&self, mut command: Command, name: &str) -> Vm {
+        let vm = Vm(command.spawn().unwrap());
         let start = Instant::now();
-        while !self.uvmm("info --vm web").0 {
+        while !self.uvmm(&format!("info --vm {name}")).0 {
             assert!(start.elapsed() < Duration::from_secs(20), "{}", vm.said());
             thread::sleep(Duration::from_millis(20));
         }
