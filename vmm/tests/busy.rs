@@ -92,7 +92,7 @@ impl Vm {
         let (mut said, mut some) = (String::new(), [0; 4096]);
         let start = Instant::now();
         while !answers.iter().any(|answer| said.contains(answer)) {
-            let count = console.read(&mut some).unwrap();
+            let count = console.read(&mut some).unwrap_or_else(|error| panic!("{error}: {said:?}"));
             said.push_str(&String::from_utf8_lossy(&some[..count]));
             assert!(count > 0 && start.elapsed() < PATIENCE, "{said}");
         }
@@ -138,7 +138,7 @@ fn a_guest_that_writes_too_fast_ends_as_was_wished() {
     let host = Host(tempfile::tempdir().unwrap());
     let source = host.busy("64M", 60, 16);
     let (destination, to) = host.incoming();
-    let line = ["--downtime-limit", "1ms", "--bandwidth-limit", "30M", "--on-no-convergence"];
+    let line = ["--downtime-limit", "3ms", "--bandwidth-limit", "30M", "--on-no-convergence"];
 
     let report = host.migrate(&to, &[line.as_slice(), &["fail"]].concat());
     assert_eq!((&report["status"], &report["outcome"]), (&"failed".into(), &"gave-up".into()));
