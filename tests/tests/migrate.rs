@@ -58,7 +58,7 @@ fn try_to_move_on(uvmm: &Uvmm, mut from: Vm, to: &str) -> Result<(Vm, Report), S
     let report = uvmm.migrate(&from, &address).unwrap();
     let status = from.wait(SHORT);
     let errors = from.errors().unwrap();
-    if errors.contains("the guest died") {
+    if errors.contains(DIED) {
         return Err(errors);
     }
     assert_eq!(report.status, "completed", "{report:?} {errors}");
@@ -66,15 +66,22 @@ fn try_to_move_on(uvmm: &Uvmm, mut from: Vm, to: &str) -> Result<(Vm, Report), S
     Ok((vm, report))
 }
 
-/// Emulated processors leave their own registers in a guest now and then, which dies of that. It
-/// takes hundreds of trips, so that it does not happen twice in a row: what does is uvmm's.
+/// What uvmm says of a guest that emulated processors left their own registers in, which happens now
+/// and then: the README tells of it.
+const DIED: &str = "the guest died";
+/// How often the journey may begin anew because of that. What happens each time is uvmm's.
+const TRIES: usize = 3;
+
 #[test]
 fn migrations_there_and_back_harm_nothing() {
     inside_lab!();
-    if let Err(why) = there_and_back() {
-        println!("once more: {why}");
-        there_and_back().unwrap();
+    for _ in 1..TRIES {
+        match there_and_back() {
+            Ok(()) => return,
+            Err(why) => println!("once more: {why}"),
+        }
     }
+    there_and_back().unwrap();
 }
 
 fn there_and_back() -> Result<(), String> {
@@ -88,6 +95,9 @@ fn there_and_back() -> Result<(), String> {
     for trip in 1..=TRIPS {
         let (moved, report) = try_to_move_on(&uvmm, vm, &format!("host-{trip}"))?;
         vm = moved;
+        if vm.says("true").is_err() && vm.errors().unwrap().contains(DIED) {
+            return Err(vm.errors().unwrap());
+        }
         let now = pages_checked(&mut vm);
         assert!(now > checked, "the workload does not go on after migration {trip}");
         checked = now;
