@@ -20,6 +20,7 @@ use migration::report::{Report, Status};
 use migration::wire::{Listener, MOST_STREAMS, connect_tcp, listen_tcp};
 use migration::{Arrived, Error, Failure, Options, ask, receive, send};
 
+use crate::cause;
 use crate::config::Address;
 use crate::control::{
     DeviceReport, DryRun, MigrateRequest, MigrationReport, MigrationStatus, PlannedStep, Progress,
@@ -85,6 +86,10 @@ impl Departure {
             Ok(report) => {
                 reply.finish(Ok(tell(&report)));
                 Outcome::Gone
+            }
+            Err(failure) if request.dry_run => {
+                reply.finish::<DryRun>(Err(cause::chain(&*failure)));
+                Outcome::Stayed
             }
             Err(failure) => {
                 reply.finish(Ok(tell(&failure.report)));

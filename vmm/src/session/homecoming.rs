@@ -51,6 +51,7 @@ impl Session {
             let events = self.host.events.clone();
             let begun = match waiting {
                 Some(function) => {
+                    self.owed.push(device.clone());
                     let open: Opener = Box::new(move |_| Ok(function));
                     let order = self.order(device, slot, PATIENCE);
                     hotplug::plug(order, slots, open, asker, events)

@@ -81,6 +81,7 @@ impl Session {
     }
 
     fn conclude(&mut self, underway: Underway) {
+        self.owed.retain(|device| device.id != underway.device().id);
         let Some(mut finished) = underway.finish() else {
             return tracing::error!("a thread that waited for the guest broke");
         };

@@ -19,7 +19,7 @@ use alarm::AlarmClock;
 pub(crate) use error::Error;
 use seat::Seat;
 
-use crate::config::{Address, Boot, MachineConfig, RunConfig, VmName};
+use crate::config::{Address, Boot, DeviceConfig, MachineConfig, RunConfig, VmName};
 use crate::console::Console;
 use crate::control::{Claim, RuntimeDir, Server, StateDir, StateDirError, Undecided};
 use crate::event::{self, Event, Wake};
@@ -139,6 +139,8 @@ struct Session {
     plugging: Vec<Plugging>,
     /// How many there have been.
     orders: u64,
+    /// Those that a guest arrived without and has not got back yet.
+    owed: Vec<DeviceConfig>,
 }
 
 /// Where the guest is.
@@ -187,6 +189,7 @@ impl Session {
             answering: None,
             plugging: Vec::new(),
             orders: 0,
+            owed: Vec::new(),
         };
         match (session.config.incoming.clone(), session.config.restore.clone()) {
             (None, None) => session.boot()?,
@@ -198,7 +201,11 @@ impl Session {
 
     /// Starts the guest afresh.
     fn boot(&mut self) -> Result<(), Error> {
+        let owed = mem::take(&mut self.owed);
         self.stop_plugging();
+        let has = |device: &DeviceConfig| self.host.devices.iter().any(|had| had.id == device.id);
+        let owed: Vec<_> = owed.into_iter().filter(|device| !has(device)).collect();
+        self.host.devices.extend(owed);
         // The old machine's RAM is given back before the new one's is taken.
         self.tenant = Tenant::Between;
         let boot = self.boot.as_ref().ok_or(Error::NothingToBoot)?;
