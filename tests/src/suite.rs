@@ -50,10 +50,12 @@ impl Part {
 /// # Errors
 /// If tests cannot be built or run at all. Tests that fail are no error here.
 pub fn run(artefacts: &Artefacts, filter: Option<&str>) -> Result<Vec<Part>> {
+    // Before it is built anew with the tests: the kernel then calls this one deleted.
+    let lab_itself = std::env::current_exe().context(|| "cannot find this program".into())?;
     let mut parts = vec![here(artefacts, filter)?];
     let programs = programs()?;
     println!("lab: booting the lab host for {} test programs", programs.len());
-    parts.extend(inside(&mut Lab::boot(artefacts)?, &programs, filter)?);
+    parts.extend(inside(&mut Lab::boot(artefacts)?, lab_itself, &programs, filter)?);
     Ok(parts)
 }
 
@@ -99,8 +101,12 @@ fn programs() -> Result<Vec<PathBuf>> {
 }
 
 /// Runs test programs inside the lab host, where [`lanes::run`] runs them.
-fn inside(lab: &mut Lab, programs: &[PathBuf], filter: Option<&str>) -> Result<Vec<Part>> {
-    let lab_itself = std::env::current_exe().context(|| "cannot find this program".into())?;
+fn inside(
+    lab: &mut Lab,
+    lab_itself: PathBuf,
+    programs: &[PathBuf],
+    filter: Option<&str>,
+) -> Result<Vec<Part>> {
     let mut command: Vec<OsString> = vec![lab_itself.into(), "test-inside".into()];
     command.extend(filter.map(|filter| format!("--filter={filter}").into()));
     command.extend(programs.iter().map(OsString::from));
