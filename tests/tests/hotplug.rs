@@ -8,8 +8,8 @@ use serde_json::Value;
 use tests::inside_lab;
 use tests::vm::{SHORT, Uvmm, Vm, text};
 
-/// How often a function comes and goes.
-const CYCLES: usize = 20;
+/// How often a function comes and goes. Linux alone thinks for ten seconds each time.
+const CYCLES: usize = 8;
 
 /// Boots a guest with empty slots.
 fn boot(uvmm: &Uvmm, more: &str, arguments: &[&str]) -> Vm {
