@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::booting::Booting;
-use super::machine::{self, Machine, PARAMETERS};
+use super::machine::{self, Machine, Nesting};
 use crate::artefacts::Artefacts;
 use crate::error::{Context, Result, reading, writing};
 use crate::{cache, program};
@@ -60,7 +60,7 @@ fn identity(artefacts: &Artefacts) -> Result<u64> {
     fs::read(initrd).context(|| reading(initrd))?.hash(&mut hasher);
     artefacts.kernel.version.hash(&mut hasher);
     machine::arguments().hash(&mut hasher);
-    PARAMETERS.hash(&mut hasher);
+    Nesting::here().parameters().hash(&mut hasher);
     program::run(Command::new("qemu-system-x86_64").arg("--version"))?.hash(&mut hasher);
     Ok(hasher.finish())
 }

@@ -14,8 +14,7 @@ use crate::error::{Context, Error, Result};
 const MEMORY_MIB: u32 = 12 << 10;
 /// The file of the memory is the state of the memory: the other file holds the rest.
 const WITHOUT_MEMORY: &str = "migrate_set_capability x-ignore-shared on";
-pub(super) const PARAMETERS: &str =
-    "console=ttyS0 panic=-1 mitigations=off intel_iommu=on iommu=pt";
+const PARAMETERS: &str = "console=ttyS0 panic=-1 mitigations=off intel_iommu=on iommu=pt";
 
 /// How the lab host runs its guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,12 +48,24 @@ impl Nesting {
 
     fn arguments(self) -> &'static [&'static str] {
         match self {
-            Self::Hardware => &["-accel", "kvm", "-cpu", "host"],
+            Self::Hardware => &["-accel", "kvm", "-cpu", "host", "-smp", "2"],
             // With more physical address bits the firmware puts the BARs of virtual functions
             // where QEMU maps their low halves only.
             Self::Emulation => {
-                &["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,phys-bits=36"]
+                &["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,phys-bits=36", "-smp", "3"]
             }
+        }
+    }
+
+    /// The command line of the lab host's kernel.
+    pub(super) fn parameters(self) -> String {
+        match self {
+            Self::Hardware => PARAMETERS.to_owned(),
+            // The first processor runs no guests. Whenever another one loads floating-point state,
+            // QEMU clears a flag in a word of the first one's (`cpu_clear_ignne`), and not
+            // atomically: what that one writes there meanwhile is lost, which may be that it left
+            // the nested page tables. The guest then gets the lab host's registers, and dies.
+            Self::Emulation => format!("{PARAMETERS} isolcpus=0"),
         }
     }
 }
@@ -104,7 +115,7 @@ impl Machine<'_> {
         ]);
         command.arg("-kernel").arg(self.artefacts.kernel.vmlinux());
         command.arg("-initrd").arg(&self.artefacts.host_initrd);
-        command.args(["-append", PARAMETERS]).process_group(0);
+        command.args(["-append", &Nesting::here().parameters()]).process_group(0);
         if let Ok(console) = fs::OpenOptions::new().create(true).append(true).open(self.console) {
             command.stderr(console);
         }
@@ -132,7 +143,7 @@ pub(super) fn keep(mut machine: Child, state: &Path) -> Result<()> {
 /// What both a new machine and its kept state must have in common, but for the kernel.
 pub(super) fn arguments() -> Vec<String> {
     let mut arguments = vec!["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"];
-    arguments.extend(["-machine", "q35,kernel-irqchip=split,memory-backend=ram", "-smp", "2"]);
+    arguments.extend(["-machine", "q35,kernel-irqchip=split,memory-backend=ram"]);
     arguments.extend(Nesting::here().arguments());
     arguments.extend(["-device", "intel-iommu,intremap=on,caching-mode=on"]);
     arguments
