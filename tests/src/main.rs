@@ -61,6 +61,9 @@ enum Command {
     TestInside {
         #[arg(long)]
         filter: Option<String>,
+        /// How often a test is tried before it is called failed.
+        #[arg(long, default_value_t = 1)]
+        tries: u8,
         programs: Vec<PathBuf>,
     },
     /// The part of the demo inside the lab host.
@@ -99,8 +102,8 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Demo => in_lab(&["demo-inside"]),
         Command::Test { filter } => test(filter.as_deref()),
         Command::Bench { what, runs, json } => measure(what, runs, json),
-        Command::TestInside { filter, programs } => {
-            Ok(u8::from(!suite::lanes::run(&programs, filter.as_deref())?))
+        Command::TestInside { filter, tries, programs } => {
+            Ok(u8::from(!suite::lanes::run(&programs, filter.as_deref(), tries)?))
         }
         Command::DemoInside => Ok(tests::demo::run().map(|()| 0)?),
         Command::Agent => Ok(agent::serve().map(|()| 0)?),

@@ -1,4 +1,5 @@
 //! `cargo lab test`: every test there is, each where it can run.
+mod attempt;
 pub mod lanes;
 
 use std::ffi::OsString;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::artefacts::{self, Artefacts};
 use crate::error::{Context, Result};
-use crate::host::{Lab, pass_on};
+use crate::host::{Lab, Nesting, pass_on};
 use crate::{cache, program, tier};
 
 const PASSED: &str = "passed";
@@ -100,6 +101,14 @@ fn programs() -> Result<Vec<PathBuf>> {
     Ok(messages.lines().filter_map(program).collect())
 }
 
+/// How often a test in the lab host is tried before it is called failed.
+fn tries(nesting: Nesting) -> u8 {
+    match nesting {
+        Nesting::Hardware => 1,
+        Nesting::Emulation => 2,
+    }
+}
+
 /// Runs test programs inside the lab host, where [`lanes::run`] runs them.
 fn inside(
     lab: &mut Lab,
@@ -108,6 +117,7 @@ fn inside(
     filter: Option<&str>,
 ) -> Result<Vec<Part>> {
     let mut command: Vec<OsString> = vec![lab_itself.into(), "test-inside".into()];
+    command.push(format!("--tries={}", tries(Nesting::here())).into());
     command.extend(filter.map(|filter| format!("--filter={filter}").into()));
     command.extend(programs.iter().map(OsString::from));
     let mut printed = Vec::new();

@@ -6,10 +6,8 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::net::TcpListener;
-use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,8 +22,6 @@ use crate::program;
 pub const BOOT: Duration = Duration::from_secs(120);
 /// How long a short command in a guest, or of uvmm, may take.
 pub const SHORT: Duration = Duration::from_secs(60);
-/// The variable that names the processor for all VMs of this process.
-pub const PROCESSOR: &str = "UVMM_TEST_PROCESSOR";
 /// The command line of a Linux guest that says what it does on its serial line.
 pub const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 quiet";
 
@@ -34,8 +30,6 @@ pub const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 quiet";
 pub struct Uvmm {
     binary: PathBuf,
     dir: TempDir,
-    /// VMs started so far.
-    started: AtomicUsize,
 }
 
 /// A running `uvmm run`. Dropped, it is killed.
@@ -64,7 +58,7 @@ impl Uvmm {
     /// If there is no room for files.
     pub fn of(binary: PathBuf) -> Result<Self> {
         let dir = tempfile::tempdir().context(|| "cannot create a temporary directory".into())?;
-        Ok(Self { binary, dir, started: AtomicUsize::new(0) })
+        Ok(Self { binary, dir })
     }
 
     /// A directory for files of a test.
@@ -81,29 +75,7 @@ impl Uvmm {
 
     /// `uvmm` with `arguments`, ready to be started.
     pub fn command(&self, arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Command {
-        self.ready(Command::new(&self.binary), arguments)
-    }
-
-    /// `uvmm` as [`Uvmm::command`], kept on one processor: the one that [`PROCESSOR`]
-    /// names, or every VM on the next.
-    ///
-    /// Emulated processors now and then leave their own registers in a guest, which then dies of
-    /// the lab and not of uvmm. It was not seen where no vCPU moves between them.
-    fn command_on_one_processor(&self) -> Command {
-        let processor = std::env::var(PROCESSOR).unwrap_or_else(|_| {
-            let processors = thread::available_parallelism().map_or(1, NonZero::get);
-            (self.started.fetch_add(1, Ordering::Relaxed) % processors).to_string()
-        });
-        let mut command = Command::new("taskset");
-        command.args(["--cpu-list", &processor]).arg(&self.binary);
-        self.ready(command, [OsString::from("run")])
-    }
-
-    fn ready(
-        &self,
-        mut command: Command,
-        arguments: impl IntoIterator<Item = impl Into<OsString>>,
-    ) -> Command {
+        let mut command = Command::new(&self.binary);
         command.args(arguments.into_iter().map(Into::into)).stdin(Stdio::null());
         command.env("UVMM_RUNTIME_DIR", self.runtime_dir());
         command.env("UVMM_STATE_DIR", self.dir.path().join("state"));
@@ -177,7 +149,7 @@ impl Uvmm {
         let socket = self.dir.path().join(format!("{name}.serial"));
         let errors = self.dir.path().join(format!("{name}.stderr"));
         let stderr = fs::File::create(&errors).context(|| writing(&errors))?;
-        let mut command = self.command_on_one_processor();
+        let mut command = self.command(["run"]);
         command
             .args(["--name", name])
             .args(arguments)

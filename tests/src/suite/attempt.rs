@@ -1,0 +1,136 @@
+//! One test of a test program, in a process of its own, and again if it failed.
+//!
+//! Where the lab host is emulated it is slow, and slower at times. A test that passes at a later try
+//! is called flaky, and told of by name.
+use std::fmt;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::error::{Context, Result};
+use crate::program;
+
+/// How one test ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It passed at this try; the first is 1.
+    Passed(u8),
+    /// It failed at every try.
+    Failed,
+}
+
+/// The outcomes of a test program's tests.
+#[derive(Debug, Default)]
+pub(super) struct Outcomes(Vec<(String, Outcome)>);
+
+impl Outcomes {
+    pub(super) fn add(&mut self, test: String, outcome: Outcome) {
+        self.0.push((test, outcome));
+    }
+
+    pub(super) fn all_passed(&self) -> bool {
+        self.failed().is_empty()
+    }
+
+    fn failed(&self) -> Vec<&str> {
+        let failed = |(_, outcome): &&(String, Outcome)| *outcome == Outcome::Failed;
+        self.0.iter().filter(failed).map(|(test, _)| test.as_str()).collect()
+    }
+}
+
+impl fmt::Display for Outcomes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let failed = self.failed();
+        write!(f, "{} passed", self.0.len() - failed.len())?;
+        for (test, outcome) in &self.0 {
+            match outcome {
+                Outcome::Passed(1) => {}
+                Outcome::Passed(tries) => write!(f, "; flaky, at try {tries}: {test}")?,
+                Outcome::Failed => write!(f, "; failed: {test}")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The names of the tests of `program` that contain `filter`, without those that are ignored.
+///
+/// # Errors
+/// If the program cannot list them.
+pub(super) fn tests(program: &Path, filter: Option<&str>) -> Result<Vec<String>> {
+    let mut list = Command::new(program);
+    let listed = program::run(list.args(["--list", "--format=terse"]).args(filter))?;
+    let name = |line: &str| line.strip_suffix(": test").map(str::to_owned);
+    Ok(listed.lines().filter_map(name).collect())
+}
+
+/// Runs one test, at most `tries` times, until it passes; `show` gets each line that it prints.
+///
+/// # Errors
+/// If the program cannot be run.
+pub(super) fn run(program: &Path, test: &str, tries: u8, show: impl Fn(&str)) -> Result<Outcome> {
+    for attempt in 1..=tries {
+        if attempt > 1 {
+            show(&format!("{test}: try {attempt} of {tries}"));
+        }
+        let mut command = Command::new(program);
+        command.args(["--exact", test, "--nocapture"]);
+        let cannot = || format!("cannot run {}", program.display());
+        // Panics and warnings go where the rest goes, in their order.
+        let (reader, writer) = std::io::pipe().context(cannot)?;
+        command.stdin(Stdio::null()).stderr(writer.try_clone().context(cannot)?).stdout(writer);
+        let mut child = command.spawn().context(cannot)?;
+        // It holds the pipe's other end too, and the lines would never end.
+        drop(command);
+        for line in BufReader::new(reader).split(b'\n') {
+            let line = line.context(|| format!("cannot read what {test} prints"))?;
+            let line = String::from_utf8_lossy(&line);
+            if !is_frame(&line) {
+                show(&line);
+            }
+        }
+        if child.wait().context(|| format!("cannot wait for {test}"))?.success() {
+            return Ok(Outcome::Passed(attempt));
+        }
+    }
+    Ok(Outcome::Failed)
+}
+
+/// Whether the harness of the test program printed `line`, about a single test of which its caller
+/// says more.
+fn is_frame(line: &str) -> bool {
+    line.is_empty() || line == "running 1 test" || line.starts_with("test result: ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flaky_and_failed_tests_are_named() {
+        let mut outcomes = Outcomes::default();
+        outcomes.add("calm".into(), Outcome::Passed(1));
+        outcomes.add("moody".into(), Outcome::Passed(3));
+        assert_eq!(outcomes.to_string(), "2 passed; flaky, at try 3: moody");
+        assert!(outcomes.all_passed());
+        outcomes.add("broken".into(), Outcome::Failed);
+        assert!(!outcomes.all_passed());
+        assert!(outcomes.to_string().ends_with("; failed: broken"));
+    }
+
+    #[test]
+    fn a_test_that_fails_is_tried_as_often_as_allowed() {
+        let shown = std::cell::RefCell::new(Vec::new());
+        let show = |line: &str| shown.borrow_mut().push(line.to_owned());
+        let run = |tries| run(Path::new("false"), "never", tries, show).unwrap();
+        assert_eq!((run(1), shown.borrow().len()), (Outcome::Failed, 0));
+        assert_eq!(run(3), Outcome::Failed);
+        assert_eq!(*shown.borrow(), ["never: try 2 of 3", "never: try 3 of 3"]);
+    }
+
+    #[test]
+    fn a_test_that_passes_is_not_tried_again() {
+        let outcome = run(Path::new("true"), "always", 3, |_| ()).unwrap();
+        assert_eq!(outcome, Outcome::Passed(1));
+    }
+}
