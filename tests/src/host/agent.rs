@@ -17,6 +17,7 @@ use rustix::fs::OFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
 
 use super::frame::{Bytes, CHUNK, Frame};
+use super::heartbeat;
 use super::spawn::{Streams, spawn};
 use crate::error::{Context, Error, Result, reading};
 
@@ -32,6 +33,7 @@ const LAST_WORDS: usize = 1 << 20;
 /// # Errors
 /// If the port is not there or the lab says what it must not say.
 pub fn serve() -> Result<()> {
+    heartbeat::start()?;
     let path = port()?;
     let nonblocking = i32::try_from(OFlags::NONBLOCK.bits()).expect("a small flag");
     let port = OpenOptions::new()

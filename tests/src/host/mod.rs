@@ -2,6 +2,7 @@
 pub mod agent;
 mod booting;
 mod frame;
+mod heartbeat;
 mod kept;
 mod machine;
 mod passthrough;
