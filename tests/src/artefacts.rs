@@ -29,13 +29,13 @@ impl Artefacts {
     ///
     /// # Errors
     /// If something cannot be had; the error says what and why.
-    pub fn prepare() -> Result<Self> {
+    pub fn prepare(profile: Profile) -> Result<Self> {
         let _others_wait = cache::lock()?;
         install::programs()?;
         let [kernel, other_kernel] = kernel::all()?;
         let guest_initrd = initramfs::guest(&kernel, &other_kernel)?;
         let host_initrd = initramfs::host(&kernel)?;
-        let uvmm = uvmm()?;
+        let uvmm = uvmm(profile)?;
         Ok(Self { uvmm, kernel, other_kernel, guest_initrd, host_initrd })
     }
 
@@ -58,23 +58,46 @@ impl Artefacts {
 /// Cargo, for this workspace whatever the working directory is.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    command.current_dir(workspace());
     command
+}
+
+/// Where this workspace lies.
+pub(crate) fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// How `uvmm` is built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// As users run it, for measurements.
+    Release,
+    /// In less time, for tests.
+    Quick,
+}
+
+impl Profile {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Release => "release",
+            Self::Quick => "quick",
+        }
+    }
 }
 
 /// The built `uvmm`; `UVMM`, if it is set, stands for another build.
 ///
 /// # Errors
 /// If it does not build.
-pub fn uvmm() -> Result<PathBuf> {
-    env::var_os("UVMM").map_or_else(build_uvmm, |given| Ok(given.into()))
+pub fn uvmm(profile: Profile) -> Result<PathBuf> {
+    env::var_os("UVMM").map_or_else(|| build_uvmm(profile.name()), |given| Ok(given.into()))
 }
 
-/// Builds uvmm as users run it. Cargo's own messages are shown only if it takes or fails.
-fn build_uvmm() -> Result<PathBuf> {
+/// Cargo's own messages are shown only if it takes or fails.
+fn build_uvmm(profile: &str) -> Result<PathBuf> {
     let target = cache::target()?;
     let mut command = cargo();
-    command.args(["build", "--quiet", "--release", "--package", "vmm", "--bin", "uvmm"]);
+    command.args(["build", "--quiet", "--profile", profile, "--package", "vmm", "--bin", "uvmm"]);
     command.arg("--target-dir").arg(&target).stdin(Stdio::null()).stdout(Stdio::null());
     let status = command.status().context(|| "cannot run cargo".into())?;
     if !status.success() {
@@ -82,5 +105,5 @@ fn build_uvmm() -> Result<PathBuf> {
             "uvmm does not build: see the compiler's messages above".into(),
         ));
     }
-    Ok(target.join("release/uvmm"))
+    Ok(target.join(profile).join("uvmm"))
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
-use tests::artefacts::{self, Artefacts};
+use tests::artefacts::{self, Artefacts, Profile};
 use tests::host::{Lab, Nesting, agent, pass_on};
 use tests::tier::INSIDE;
 use tests::{bench, install, suite};
@@ -113,7 +113,7 @@ fn run(command: Command) -> anyhow::Result<u8> {
 /// Runs another command of this program inside a lab host.
 fn in_lab(arguments: &[&str]) -> anyhow::Result<u8> {
     eprintln!("lab: preparing uvmm, kernels and the lab host (by {})", Nesting::here());
-    let artefacts = Artefacts::prepare().context("the lab cannot be prepared")?;
+    let artefacts = Artefacts::prepare(Profile::Release).context("the lab cannot be prepared")?;
     let mut command = vec![env::current_exe()?.into_os_string()];
     command.extend(arguments.iter().map(OsString::from));
     let status = Lab::boot(&artefacts)?.run(&command, &[(INSIDE, "1")], pass_on)?;
@@ -122,7 +122,7 @@ fn in_lab(arguments: &[&str]) -> anyhow::Result<u8> {
 
 fn test(filter: Option<&str>) -> anyhow::Result<u8> {
     eprintln!("lab: preparing uvmm, kernels and the lab host (by {})", Nesting::here());
-    let artefacts = Artefacts::prepare().context("the lab cannot be prepared")?;
+    let artefacts = Artefacts::prepare(Profile::Quick).context("the lab cannot be prepared")?;
     let parts = suite::run(&artefacts, filter)?;
     println!("\nlab: summary");
     for part in &parts {
@@ -141,12 +141,12 @@ fn measure(what: Option<What>, runs: usize, json: bool) -> anyhow::Result<u8> {
     let mut status = 0;
     if wanted(What::Migration) {
         install::programs()?;
-        let rows = bench::migration::migrations(artefacts::uvmm()?, runs)?;
+        let rows = bench::migration::migrations(artefacts::uvmm(Profile::Release)?, runs)?;
         let title = "the tiny guest, one vCPU, on this machine's own KVM, loopback TCP";
         status = show(&format!("{title}, median of {runs} runs"), &rows, json)?;
     }
     if wanted(What::Handover) {
-        let rows = bench::handover::handovers(artefacts::uvmm()?, runs)?;
+        let rows = bench::handover::handovers(artefacts::uvmm(Profile::Release)?, runs)?;
         let title = "the tiny guest, one vCPU, a fifth of memory filled, on this machine's own KVM";
         status |= show(&format!("{title}, median of {runs} hand-overs"), &rows, json)?;
     }
@@ -170,7 +170,7 @@ fn show(title: &str, rows: &[bench::Row], json: bool) -> anyhow::Result<u8> {
 }
 
 fn exec(command: &[OsString], terminal: bool) -> anyhow::Result<u8> {
-    let artefacts = Artefacts::prepare().context("the lab cannot be prepared")?;
+    let artefacts = Artefacts::prepare(Profile::Release).context("the lab cannot be prepared")?;
     let status = Lab::boot(&artefacts)?.exec(command, terminal)?;
     Ok(u8::try_from(status).unwrap_or(u8::MAX))
 }

@@ -4,6 +4,7 @@ pub mod lanes;
 
 use std::ffi::OsString;
 use std::fmt;
+use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use crate::artefacts::{self, Artefacts};
 use crate::error::{Context, Result};
 use crate::host::{Lab, Nesting, pass_on};
+use crate::tier::SKIPPED;
 use crate::{cache, program, tier};
 
 const PASSED: &str = "passed";
@@ -73,9 +75,25 @@ fn here(artefacts: &Artefacts, filter: Option<&str>) -> Result<Part> {
     }
     command.env("UVMM", &artefacts.uvmm).env(tier::LAB, "1");
     command.env("CARGO_TARGET_DIR", cache::target()?);
+    // Without nextest there is no report; the tests themselves print what they skip.
+    let report = artefacts::workspace().join("target/nextest/default/junit.xml");
+    let _ = fs::remove_file(&report);
     let since = Instant::now();
     let status = command.stdin(Stdio::null()).status().context(|| "cannot run cargo".into())?;
-    Ok(Part::new("on this machine", status.success(), since.elapsed(), ""))
+    let report = fs::read_to_string(report).unwrap_or_default();
+    let skipped = skipped(&report);
+    for test in &skipped {
+        println!("{SKIPPED}{test}");
+    }
+    let said = format!("{} skipped", skipped.len());
+    Ok(Part::new("on this machine", status.success(), since.elapsed(), &said))
+}
+
+/// The tests of a JUnit report that say in their output that they were skipped.
+fn skipped(report: &str) -> Vec<&str> {
+    let says_so = |case: &&str| case.contains(SKIPPED);
+    let cases = report.split("<testcase name=\"").skip(1).filter(says_so);
+    cases.filter_map(|case| case.split_once('"')).map(|(name, _)| name).collect()
 }
 
 /// The test programs of this package, built.
@@ -132,4 +150,17 @@ fn inside(
         parts.push(Part::new("in the lab host", false, Duration::ZERO, &said));
     }
     Ok(parts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn skipped_tests_are_found_in_a_report() {
+        let report = r#"<testsuite name="vmm"><testcase name="a" time="1"/>
+            <testcase name="b::c" time="1"><system-out>
+skipped: no usable KVM</system-out></testcase><testcase name="d"></testcase></testsuite>"#;
+        assert_eq!(skipped(report), ["b::c"]);
+    }
 }

@@ -5,16 +5,18 @@ use std::env;
 pub const LAB: &str = "UVMM_TEST_LAB";
 /// Set to `1` for tests that run inside the lab host.
 pub const INSIDE: &str = "UVMM_TEST_INSIDE_LAB";
+/// How the line begins that a test prints when it cannot run where it is.
+pub const SKIPPED: &str = "skipped: ";
 
 /// Whether `variable` asks for the tests it stands for; if not, says that they are skipped.
 ///
-/// In CI nothing may be skipped silently: there, [`crate::lab_tier!`] outside a lab run still
-/// prints its line, and `cargo lab test` counts what ran.
+/// Nothing is skipped silently: `cargo lab test` tells which tests of this machine were, and in the
+/// lab host a test that is skipped has failed.
 #[must_use]
 pub fn wanted(variable: &str) -> bool {
     let wanted = env::var_os(variable).is_some_and(|value| value == "1");
     if !wanted {
-        println!("skipped: needs the lab; `cargo lab test` runs it");
+        println!("{SKIPPED}needs the lab; `cargo lab test` runs it");
     }
     wanted
 }

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 
 use crate::error::{Context, Result};
 use crate::program;
+use crate::tier::SKIPPED;
 
 /// How one test ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,14 +83,17 @@ pub(super) fn run(program: &Path, test: &str, tries: u8, show: impl Fn(&str)) ->
         let mut child = command.spawn().context(cannot)?;
         // It holds the pipe's other end too, and the lines would never end.
         drop(command);
+        let mut skipped = false;
         for line in BufReader::new(reader).split(b'\n') {
             let line = line.context(|| format!("cannot read what {test} prints"))?;
             let line = String::from_utf8_lossy(&line);
+            skipped |= line.starts_with(SKIPPED);
             if !is_frame(&line) {
                 show(&line);
             }
         }
-        if child.wait().context(|| format!("cannot wait for {test}"))?.success() {
+        let status = child.wait().context(|| format!("cannot wait for {test}"))?;
+        if status.success() && !skipped {
             return Ok(Outcome::Passed(attempt));
         }
     }
@@ -104,6 +108,9 @@ fn is_frame(line: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -126,6 +133,15 @@ mod tests {
         assert_eq!((run(1), shown.borrow().len()), (Outcome::Failed, 0));
         assert_eq!(run(3), Outcome::Failed);
         assert_eq!(*shown.borrow(), ["never: try 2 of 3", "never: try 3 of 3"]);
+    }
+
+    #[test]
+    fn a_test_that_is_skipped_has_failed() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("skips");
+        fs::write(&program, "#!/bin/sh\necho 'skipped: for no reason'\n").unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(run(&program, "sometimes", 1, |_| ()).unwrap(), Outcome::Failed);
     }
 
     #[test]
