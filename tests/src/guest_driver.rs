@@ -104,7 +104,7 @@ fn tree(headers: &Path, kernel: &Kernel) -> Result<PathBuf> {
     let mut common = fs::read_dir(&sources)
         .context(|| reading(&sources))?
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.to_string_lossy().ends_with("-common"));
+        .filter(|path| path.to_string_lossy().contains("-common"));
     let common = common.next().ok_or_else(|| {
         Error::Unsupported(format!("{} has no headers for all machines", sources.display()))
     })?;

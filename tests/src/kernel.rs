@@ -11,7 +11,7 @@ use crate::{install, program};
 /// Packages of which the first that exists gives the kernel of the lab host and of its guests.
 const NEWEST: [&str; 2] = ["linux-image-6.12-amd64", "linux-image-amd64"];
 /// Packages of which the first that differs gives the second kernel for guests.
-const OTHER: [&str; 2] = ["linux-image-amd64", "linux-image-cloud-amd64"];
+const OTHER: [&str; 2] = ["linux-image-amd64", "linux-image-rt-amd64"];
 
 /// A kernel and its modules, unpacked.
 #[derive(Debug, Clone)]
@@ -77,6 +77,11 @@ fn download(dir: &Path, version: String) -> Result<Kernel> {
         fs::remove_dir_all(&half).context(|| writing(&half))?;
     }
     install::unpack(&format!("linux-image-{version}"), &half)?;
+    let lib = half.join("lib");
+    if !lib.exists() {
+        // Newer packages have no `lib`: the systems they are for have it as this link.
+        symlink("usr/lib", &lib).context(|| writing(&lib))?;
+    }
     let depmod = program::find("depmod").unwrap_or_else(|| "depmod".into());
     program::run(Command::new(depmod).arg("-b").arg(&half).arg(&version))?;
     let kernel = Kernel { root: half.clone(), version: version.clone() };
