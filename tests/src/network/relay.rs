@@ -31,8 +31,8 @@ struct State {
     held: bool,
     /// Nothing will be once the destination says something.
     hold_at_answer: bool,
-    /// Both ends of all connections.
-    streams: Vec<TcpStream>,
+    /// Both ends of each connection.
+    connections: Vec<Arc<[TcpStream; 2]>>,
 }
 
 impl Relay {
@@ -79,10 +79,8 @@ impl Relay {
 
     /// Cuts the connections that there are.
     pub fn cut(&self) {
-        let streams = mem::take(&mut self.shared.lock().streams);
-        for stream in streams {
-            let _gone = stream.shutdown(Shutdown::Both);
-        }
+        let connections = mem::take(&mut self.shared.lock().connections);
+        connections.iter().for_each(|ends| hang_up(ends));
         self.release();
     }
 }
@@ -111,19 +109,18 @@ impl Shared {
 
     fn connect(self: &Arc<Self>, source: TcpStream, to: SocketAddr) -> io::Result<()> {
         source.set_nonblocking(false)?;
-        let destination = TcpStream::connect(to)?;
-        for stream in [&source, &destination] {
-            stream.set_nodelay(true)?;
-            self.lock().streams.push(stream.try_clone()?);
-        }
-        let ways =
-            [(source.try_clone()?, destination.try_clone()?, true), (destination, source, false)];
-        for (from, to, forth) in ways {
-            let shared = self.clone();
+        let ends = Arc::new([source, TcpStream::connect(to)?]);
+        ends.iter().try_for_each(|end| end.set_nodelay(true))?;
+        self.lock().connections.push(ends.clone());
+        for forth in [true, false] {
+            let (shared, ends) = (self.clone(), ends.clone());
             Builder::new().name("relay".into()).spawn(move || {
-                let _broken = shared.pass(&from, &to, forth);
+                let [source, destination] = &*ends;
+                let (from, to) = if forth { (source, destination) } else { (destination, source) };
+                let _broken = shared.pass(from, to, forth);
                 // One end that is gone takes the other with it.
-                let _gone = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+                hang_up(&ends);
+                shared.lock().connections.retain(|other| !Arc::ptr_eq(other, &ends));
             })?;
         }
         Ok(())
@@ -147,6 +144,12 @@ impl Shared {
             drop(state);
             to.write_all(&buffer[..count])?;
         }
+    }
+}
+
+fn hang_up(ends: &[TcpStream; 2]) {
+    for end in ends {
+        let _gone = end.shutdown(Shutdown::Both);
     }
 }
 
