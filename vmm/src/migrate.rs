@@ -377,3 +377,22 @@ pub(crate) fn tell(report: &Report) -> MigrationReport {
         ]),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_step_is_told_and_all_else_now_and_then() {
+        let mut meter = Meter::new(&Underway::new());
+        let mut now = migration::progress::Progress::default();
+        assert!(meter.measure(&now).is_some());
+        assert!(meter.measure(&now).is_none());
+        now.step = Some("unplug net0".into());
+        let told = meter.measure(&now).and_then(|progress| progress.step);
+        assert_eq!(told.as_deref(), Some("unplug net0"));
+        now.stage = Stage::Stopped;
+        assert!(meter.measure(&now).is_some());
+        assert!(meter.measure(&now).is_none());
+    }
+}
