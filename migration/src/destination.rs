@@ -92,7 +92,10 @@ impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
                 Ok(Arrived { guest: self.guest, report, answering, homecoming })
             }
             (arrived, answering) => {
-                let error = arrived.err().unwrap_or(Error::TakenBack);
+                let error = match arrived.err().unwrap_or(Error::TakenBack) {
+                    error if error.is_cancelled() => self.watch.cancel.error(),
+                    error => error,
+                };
                 self.peer.give_up(&one_line(&error));
                 Err(Box::new(Failure { answering, ..*Failure::of(error, report) }))
             }
@@ -108,9 +111,12 @@ impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
         let state = self.memory(&mut outcome.report)?;
         let stopped = Instant::now();
         self.end()?;
+        tracing::debug!("all is here");
         self.load(&state)?;
+        tracing::debug!("loaded");
         let seat = self.be_ready(listener, &mut outcome.answering)?;
         self.run_at_commit(&seat)?;
+        tracing::debug!("running");
         outcome.report.downtime_ms = milliseconds(stopped.elapsed());
         self.say_running(&seat, outcome.answering.as_ref());
         Ok(())

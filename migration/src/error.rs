@@ -116,14 +116,22 @@ pub enum Error {
     /// Someone wished to stop.
     #[error("cancelled")]
     Cancelled,
+    /// What the guest was to be given is no longer to be had.
+    #[error("{0}")]
+    Withdrawn(String),
 }
 
 impl Error {
+    /// Whether someone wished to stop.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Cancelled | Self::Peer(PeerError::Cancelled))
+    }
+
     /// How a migration ended that this stopped.
     #[must_use]
     pub fn status(&self) -> Status {
         match self {
-            Self::Cancelled | Self::Peer(PeerError::Cancelled) => Status::Cancelled,
+            _ if self.is_cancelled() => Status::Cancelled,
             Self::Undecided { .. } => Status::Undecided,
             _ => Status::Failed,
         }

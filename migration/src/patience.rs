@@ -1,8 +1,9 @@
 //! How long to wait for the other side, and being told to stop waiting.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+
+use crate::error::Error;
 
 /// How long to wait for the other side. No wait is without a bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +47,16 @@ impl Default for Patience {
 ///
 /// Heeded at every frame, and every [`TICK`] while blocked.
 #[derive(Clone, Debug)]
-pub struct Cancel(Vec<Arc<AtomicBool>>);
+pub struct Cancel(Vec<Arc<OnceLock<Wish>>>);
+
+/// Why someone wishes to stop.
+#[derive(Clone, Debug)]
+enum Wish {
+    /// That is theirs to know.
+    Cancel,
+    /// What was offered is no longer to be had.
+    Withdraw(String),
+}
 
 /// How often a blocked wait looks up.
 pub const TICK: Duration = Duration::from_millis(50);
@@ -60,13 +70,33 @@ impl Cancel {
 
     /// Wishes to stop. Heeded until the guest is given away; then it is too late.
     pub fn cancel(&self) {
-        self.0.iter().for_each(|wish| wish.store(true, Ordering::Release));
+        self.wish(&Wish::Cancel);
+    }
+
+    /// The same, because of something that the other side is to hear as well. The first to wish
+    /// gives the reason.
+    pub fn withdraw(&self, why: String) {
+        self.wish(&Wish::Withdraw(why));
+    }
+
+    fn wish(&self, wish: &Wish) {
+        for place in &self.0 {
+            let _second = place.set(wish.clone());
+        }
     }
 
     /// Whether someone wishes to stop.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        self.0.iter().any(|wish| wish.load(Ordering::Acquire))
+        self.0.iter().any(|wish| wish.get().is_some())
+    }
+
+    /// What a migration stops with that someone wishes to stop.
+    pub(crate) fn error(&self) -> Error {
+        match self.0.iter().find_map(|wish| wish.get()) {
+            Some(Wish::Withdraw(why)) => Error::Withdrawn(why.clone()),
+            _ => Error::Cancelled,
+        }
     }
 
     /// A wish of whoever wishes this or `other`.

@@ -65,6 +65,11 @@ pub trait Step: Send {
         false
     }
 
+    /// Whether `enter` is to be called again once what the guest wrote has been sent.
+    fn goes_on(&self) -> bool {
+        false
+    }
+
     /// Takes it back, in bounded time. Called only after `enter` succeeded, once, last entered
     /// first.
     fn undo(&mut self);
@@ -95,6 +100,14 @@ struct Entry {
     priority: Priority,
     step: Box<dyn Step>,
     entered: bool,
+    /// Entered, and to be entered again.
+    goes_on: bool,
+}
+
+impl Entry {
+    fn is_due(&self, phase: Phase) -> bool {
+        self.phase == phase && (!self.entered || self.goes_on)
+    }
 }
 
 /// All steps of a machine.
@@ -115,7 +128,7 @@ impl Plan {
     /// Adds `step`. A device that has more to do adds more steps.
     pub fn at(&mut self, phase: Phase, priority: Priority, step: impl Step + 'static) {
         let place = self.entries.partition_point(|e| (e.phase, e.priority) <= (phase, priority));
-        let entry = Entry { phase, priority, step: Box::new(step), entered: false };
+        let entry = Entry { phase, priority, step: Box::new(step), entered: false, goes_on: false };
         self.entries.insert(place, entry);
     }
 
@@ -131,16 +144,24 @@ impl Plan {
         phase: Phase,
         meanwhile: &mut Meanwhile<'_>,
     ) -> Result<Entered, PlanError> {
-        let next = self.entries.iter_mut().find(|e| e.phase == phase && !e.entered);
+        let next = self.entries.iter_mut().find(|e| e.is_due(phase));
         let Some(entry) = next else { return Ok(Entered::None) };
         if (phase, entry.priority) >= (Phase::Quiesce, Priority::VCPUS) {
             self.stopped.get_or_insert_with(Instant::now);
         }
         let step = entry.step.name();
         tracing::debug!(step, "enter");
+        entry.entered = false; // what fails has taken itself back
         entry.step.enter(meanwhile).map_err(|source| PlanError { step, source })?;
-        entry.entered = true;
+        (entry.entered, entry.goes_on) = (true, entry.step.goes_on());
         Ok(if entry.step.took_long() { Entered::Slowly } else { Entered::Quickly })
+    }
+
+    /// The name of the step that [`Plan::enter_next`] would run.
+    #[must_use]
+    pub fn next(&self, phase: Phase) -> Option<String> {
+        let next = self.entries.iter().find(|e| e.is_due(phase));
+        next.map(|entry| entry.step.name())
     }
 
     /// Takes back every entered step, last entered first. Then the plan can be entered again.
@@ -148,7 +169,7 @@ impl Plan {
         for entry in self.entries.iter_mut().rev().filter(|e| e.entered) {
             tracing::debug!(step = entry.step.name(), "undo");
             entry.step.undo();
-            entry.entered = false;
+            (entry.entered, entry.goes_on) = (false, false);
         }
         self.stopped = None;
     }
@@ -280,6 +301,43 @@ mod tests {
         plan.undo();
         plan.undo();
         assert_eq!(*log.lock().unwrap(), ["+a", "+b", "-b", "-a"]);
+    }
+
+    /// Goes on once, and then fails or not.
+    struct Twice(u32, bool, Log);
+
+    impl Step for Twice {
+        fn name(&self) -> String {
+            "twice".into()
+        }
+        fn enter(&mut self, _: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
+            self.0 += 1;
+            if self.0 == 2 && self.1 { Err("it is stuck".into()) } else { Ok(()) }
+        }
+        fn took_long(&self) -> bool {
+            self.goes_on()
+        }
+        fn goes_on(&self) -> bool {
+            self.0 == 1
+        }
+        fn undo(&mut self) {
+            self.2.lock().unwrap().push("-twice".into());
+        }
+    }
+
+    #[test]
+    fn a_step_that_goes_on_is_entered_again_and_undone_once() {
+        for (fails, undone) in [(false, 1), (true, 0)] {
+            let (mut plan, log) = plan(&[(Release, Priority::VCPUS, "later")]);
+            plan.at(Release, Priority::GUEST, Twice(0, fails, log.clone()));
+            assert_eq!(plan.next(Release).unwrap(), "twice");
+            assert_eq!(plan.enter_next(Release, &mut go_on).unwrap(), Entered::Slowly);
+            assert_eq!(plan.next(Release).unwrap(), "twice", "before what comes later");
+            let again = plan.enter_next(Release, &mut go_on);
+            assert_eq!(again.ok(), (!fails).then_some(Entered::Quickly));
+            plan.undo();
+            assert_eq!(log.lock().unwrap().len(), undone);
+        }
     }
 
     #[test]

@@ -20,10 +20,12 @@ pub enum Stage {
 }
 
 /// Where a migration is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     /// What is going on.
     pub stage: Stage,
+    /// The step of the plan that is under way; none between steps.
+    pub step: Option<String>,
     /// The pass over memory, from 1.
     pub round: u32,
     /// Bytes of guest memory that this pass is about.

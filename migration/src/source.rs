@@ -4,6 +4,7 @@ mod custody;
 mod sharing;
 
 use std::io;
+use std::mem;
 use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -309,20 +310,29 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
     /// Runs the next step of the plan, if there is one; the peer hears that this side is alive.
     fn enter_next(&mut self, peer: &mut Channel<S>, phase: Phase) -> Result<Entered, Error> {
         let cancel = self.watch.cancel.clone();
-        let mut said = Instant::now();
+        let plan = self.custody.guest().plan();
+        self.progress.step = plan.next(phase);
+        (self.watch.progress)(&self.progress);
+        let (mut said, mut lost) = (Instant::now(), None);
         let mut meanwhile = || -> Result<(), StepFailure> {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled.into());
             }
             if said.elapsed() >= ALIVE {
-                peer.send(&Message::Alive)?;
                 said = Instant::now();
+                peer.send(&Message::Alive).map_err(|error| {
+                    lost = Some(error);
+                    "nobody is there to give the guest to"
+                })?;
             }
             Ok(())
         };
-        match self.custody.guest().plan().enter_next(phase, &mut meanwhile) {
-            Err(_) if cancel.is_cancelled() => Err(Error::Cancelled),
-            entered => Ok(entered?),
+        let entered = self.custody.guest().plan().enter_next(phase, &mut meanwhile);
+        self.progress.step = None;
+        match (entered, lost) {
+            (Err(_), _) if cancel.is_cancelled() => Err(Error::Cancelled),
+            (Err(_), Some(lost)) => Err(lost.into()),
+            (entered, _) => Ok(entered?),
         }
     }
 
@@ -330,7 +340,9 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
     fn rest_of_memory(&mut self, peer: &mut Channel<S>, left: PageBitmap) -> Result<(), Error> {
         let mut pages = left;
         self.custody.guest().dirty().collect(&mut pages)?;
+        tracing::debug!(pages = pages.count(), "the last");
         self.pass(peer, &pages, &Mutex::new(Pace::new(None)), Stage::Stopped)?;
+        tracing::debug!("sent");
         Ok(self.lanes.tell(Message::End)?)
     }
 
@@ -338,6 +350,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         let mut state = StateWriter::new();
         self.custody.guest().save(&mut state)?;
         self.report.state_bytes = state.bytes().len() as u64;
+        tracing::debug!("saved");
         Ok(peer.send_state(state.bytes())?)
     }
 
@@ -354,6 +367,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
     /// END, answered by READY once the destination has checked and loaded everything.
     fn end(&mut self, peer: &mut Channel<S>, token: Token) -> Result<(), Error> {
         peer.now("before it was ready");
+        tracing::debug!("nothing wrote since");
         peer.send(&Message::End(peer.totals()))?;
         match peer.receive_message(self.options.patience.silence)? {
             Message::Ready(theirs) if theirs == token => {
@@ -374,7 +388,8 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         }
         self.custody.give().map_err(Error::Record)?;
         self.show(peer, Stage::HandingOver);
-        self.watch.cancel = Cancel::new(); // too late to stop
+        // Too late to stop anything but the asking.
+        let enough = mem::take(&mut self.watch.cancel);
         let state = match self.hand_over(peer, token) {
             Ok(verdict) => {
                 let state = self.custody.heard(verdict, peer);
@@ -386,7 +401,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
             }
             Err(error) => {
                 tracing::warn!(error = one_line(&error), "COMMIT was not answered: asking");
-                self.ask(token)
+                self.ask(token, &enough)
             }
         };
         match state {
@@ -405,6 +420,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         match peer.receive_message(self.options.patience.running)? {
             Message::Running(theirs) if theirs == token => {
                 self.runs_there();
+                tracing::debug!("it runs there");
                 Ok(Verdict::Running)
             }
             Message::Answer(verdict) if verdict != Verdict::Unknown => Ok(verdict),
@@ -412,8 +428,9 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         }
     }
 
-    /// Asks on new connections who has the guest, until someone knows or patience ends.
-    fn ask(&mut self, token: Token) -> Giving {
+    /// Asks on new connections who has the guest: once, and until someone knows, patience ends or
+    /// someone has heard `enough`.
+    fn ask(&mut self, token: Token, enough: &Cancel) -> Giving {
         let until = Instant::now() + self.options.patience.asking;
         loop {
             match self.query(token) {
@@ -421,7 +438,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
                 Ok(state) => return state,
                 Err(error) => tracing::warn!(error = one_line(&error), "cannot ask"),
             }
-            if Instant::now() >= until {
+            if Instant::now() >= until || enough.is_cancelled() {
                 return Giving::Asked;
             }
             thread::sleep(4 * TICK);
@@ -443,7 +460,10 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         let until = Instant::now() + self.options.patience.settling;
         while !self.custody.guest().devices().is_empty() {
             match peer.receive_message(until.saturating_duration_since(Instant::now())) {
-                Ok(Message::Back(id)) => self.custody.guest().is_back(&id),
+                Ok(Message::Back(id)) => {
+                    tracing::debug!(id, "back");
+                    self.custody.guest().is_back(&id);
+                }
                 Ok(Message::Settled) => break,
                 Ok(_) | Err(_) => {
                     tracing::warn!("the destination did not say whether the guest has its devices");
@@ -476,7 +496,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
             round_bytes: pages.count() * PAGE,
             round_done: 0,
             bytes_sent: before,
-            ..*progress
+            ..progress.clone()
         };
         watcher(progress);
         let ram = &custody.guest().ram().clone();
@@ -497,8 +517,8 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
     }
 
     fn show(&mut self, peer: &Channel<S>, stage: Stage) {
-        self.progress =
-            Progress { stage, bytes_sent: self.lanes.carried(peer).bytes, ..self.progress };
+        self.progress.stage = stage;
+        self.progress.bytes_sent = self.lanes.carried(peer).bytes;
         (self.watch.progress)(&self.progress);
     }
 }

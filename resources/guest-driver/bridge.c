@@ -7,6 +7,7 @@
  */
 #include <linux/interrupt.h>
 #include <linux/kthread.h>
+#include <linux/sched.h>
 #include <linux/slab.h>
 
 #include "uvmm_bridge.h"
@@ -89,6 +90,8 @@ static int uvmm_bridge_run(void *data)
 {
 	struct uvmm_bridge *bridge = data;
 
+	/* What is paused does nothing: resuming it comes before other work. */
+	sched_set_fifo_low(current);
 	while (!kthread_should_stop()) {
 		bool listens = READ_ONCE(bridge->interrupts);
 

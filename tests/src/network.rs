@@ -2,12 +2,14 @@
 //! transfer that takes it.
 mod bulk;
 mod ping;
+mod relay;
 
 use std::net::Ipv4Addr;
 use std::process::Command;
 
 pub use bulk::Bulk;
 pub use ping::{Answers, Pinger};
+pub use relay::Relay;
 
 use crate::error::{Error, Result};
 use crate::program;

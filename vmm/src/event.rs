@@ -7,7 +7,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use event_manager::{EventOps, EventSet, MutEventSubscriber};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::config::DeviceId;
 use crate::control::Call;
+use crate::guest::Leaving;
 use crate::migrate::{Arrival, Departure};
 use crate::snapshot::{Restored, Snapped};
 
@@ -39,6 +41,12 @@ pub(crate) enum Event {
     Restored(Box<Restored>),
     /// A guest arrived, or did not.
     Arrived(Box<Arrival>),
+    /// A guest that stood still in an undecided migration goes on here.
+    TakenBack(Box<Leaving>),
+    /// The host wants this device back, and asks for it again and again.
+    DeviceWanted(DeviceId),
+    /// This device had an error that it cannot correct.
+    DeviceFailed(DeviceId),
     /// The plugging or unplugging with this serial number is over.
     Plugged(u64),
 }

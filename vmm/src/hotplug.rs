@@ -12,18 +12,18 @@ use std::thread::{Builder as Thread, JoinHandle};
 use std::time::{Duration, Instant};
 
 use devices::pci::PciFunction;
+use devices::pci::bridge::BlockView;
 use devices::shpc::Slots;
 
 pub(crate) use ask::{Asking, put_in, take_back};
 use ask::{Left, ask_back};
 
+use crate::block::wait_until;
 use crate::cause;
 use crate::config::{DeviceConfig, DeviceId};
 use crate::control::{Replier, SlotProgress};
 use crate::event::{Event, Events};
 
-/// How long it takes at most to notice that nobody waits any more.
-const TICK: Duration = Duration::from_millis(100);
 /// No wait is longer.
 const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -178,15 +178,11 @@ pub(crate) fn await_resumed(
     events: Events,
 ) -> Result<Underway, (Box<dyn Asker>, io::Error)> {
     spawn(order, asker, events, move |order, cancel, _| {
-        let deadline = deadline(order.limit);
-        let mut seen = slots.changes();
-        while !slots.block().is_resumed() {
-            if cancel.load(Ordering::Relaxed) || Instant::now() > deadline {
-                return (Err("the guest does not say that it resumed its devices".into()), None);
-            }
-            seen = slots.wait(seen, deadline.min(Instant::now() + TICK));
+        let go_on = || if cancel.load(Ordering::Relaxed) { Err(()) } else { Ok(()) };
+        match wait_until(&slots, deadline(order.limit), BlockView::is_resumed, go_on) {
+            Ok(true) => (Ok(order.slot), None),
+            _ => (Err("the guest does not say that it resumed its devices".into()), None),
         }
-        (Ok(order.slot), None)
     })
 }
 

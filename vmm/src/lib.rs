@@ -1,6 +1,7 @@
 //! uvmm: a KVM micro-VMM whose one great skill is live migration.
 
 mod arch;
+mod block;
 mod boot;
 pub mod cause;
 pub mod cli;

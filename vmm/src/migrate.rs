@@ -171,6 +171,26 @@ pub(crate) fn depart(
     }
 }
 
+/// Has a guest that stood still go on here, on a thread of its own; [`Event::TakenBack`] brings it.
+pub(crate) fn take_back(guest: Box<Leaving>, events: Events) -> Underway {
+    let (hand, take) = channel::<(Box<Leaving>, Events)>();
+    let take_back = |mut guest: Box<Leaving>, events: Events| {
+        guest.dirty().stop();
+        guest.plan().undo();
+        events.send(Event::TakenBack(guest));
+    };
+    let thread = Thread::new().name("migration".into()).spawn(move || {
+        if let Ok((guest, events)) = take.recv() {
+            take_back(guest, events);
+        }
+    });
+    match thread {
+        Ok(_) => hand.send((guest, events)).expect("the thread waits for it"),
+        Err(_) => take_back(guest, events), // better slowly than not at all
+    }
+    Underway::new()
+}
+
 /// Asks at `to`, where a guest was given away, whether it runs there.
 pub(crate) fn ask_at(to: &Address, handover: &mut Handover<Giving>) -> Result<Giving, Error> {
     let patience = Patience::default();
@@ -250,7 +270,15 @@ fn arrive<L: Listener + 'static>(
 pub(crate) struct Meter {
     shared: Arc<Mutex<Progress>>,
     start: Instant,
-    last: Option<(Instant, u64)>,
+    last: Option<Last>,
+}
+
+/// What was told last.
+struct Last {
+    at: Instant,
+    bytes_sent: u64,
+    stage: Stage,
+    step: Option<String>,
 }
 
 impl Meter {
@@ -261,15 +289,19 @@ impl Meter {
     /// The progress, if it is time to tell it again.
     pub(crate) fn measure(&mut self, now: &migration::progress::Progress) -> Option<Progress> {
         let at = Instant::now();
-        let (since, before) = self.last.unwrap_or((self.start, 0));
+        let last = self.last.as_ref();
+        let (since, before) = last.map_or((self.start, 0), |last| (last.at, last.bytes_sent));
         let elapsed = at - since;
-        if self.last.is_some() && elapsed < PROGRESS {
+        let is_new = last.is_none_or(|last| (last.stage, &last.step) != (now.stage, &now.step));
+        if !is_new && elapsed < PROGRESS {
             return None;
         }
-        self.last = Some((at, now.bytes_sent));
+        let (stage, step) = (now.stage, now.step.clone());
+        self.last = Some(Last { at, bytes_sent: now.bytes_sent, stage, step });
         let sent = now.bytes_sent.saturating_sub(before);
         let progress = Progress {
             phase: phase(now.stage).to_owned(),
+            step: now.step.clone(),
             round: now.round,
             round_bytes: now.round_done,
             round_total: now.round_bytes,
@@ -343,5 +375,24 @@ pub(crate) fn tell(report: &Report) -> MigrationReport {
             ("zero_pages".to_owned(), (*zero_pages).into()),
             ("state_bytes".to_owned(), (*state_bytes).into()),
         ]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_step_is_told_and_all_else_now_and_then() {
+        let mut meter = Meter::new(&Underway::new());
+        let mut now = migration::progress::Progress::default();
+        assert!(meter.measure(&now).is_some());
+        assert!(meter.measure(&now).is_none());
+        now.step = Some("unplug net0".into());
+        let told = meter.measure(&now).and_then(|progress| progress.step);
+        assert_eq!(told.as_deref(), Some("unplug net0"));
+        now.stage = Stage::Stopped;
+        assert!(meter.measure(&now).is_some());
+        assert!(meter.measure(&now).is_none());
     }
 }

@@ -37,7 +37,8 @@ impl Display {
 
     /// Shows how far it is.
     pub fn show(&mut self, progress: &Progress) {
-        let (phase, round) = (one_line(&progress.phase), progress.round);
+        let doing = progress.step.as_ref().unwrap_or(&progress.phase);
+        let (phase, round) = (one_line(doing), progress.round);
         if let Some(bar) = &self.bar {
             bar.set_length(progress.round_total);
             bar.set_position(progress.round_bytes.min(progress.round_total));
@@ -63,6 +64,9 @@ impl Display {
 }
 
 fn line(progress: &Progress) -> String {
+    if let Some(step) = &progress.step {
+        return one_line(step);
+    }
     let Progress { round_bytes, round_total, throughput_mib_s: rate, .. } = progress;
     let percent = round_bytes.min(round_total).saturating_mul(100).checked_div(*round_total);
     format!(
@@ -112,6 +116,8 @@ mod tests {
         assert_eq!(line(&progress), "copying, round 0, 25 % of 4 MiB, 0 MiB/s");
         (progress.round_bytes, progress.round_total) = (u64::MAX, u64::MAX);
         line(&progress);
+        progress.step = Some("unplug\nnet0".into());
+        assert_eq!(line(&progress), "unplug net0");
     }
 
     #[test]

@@ -25,6 +25,7 @@ impl Homecoming {
 
     /// The device `id` serves the guest again.
     pub fn back(&mut self, id: &str) {
+        tracing::debug!(id, "back");
         (self.0)(&Message::Back(id.to_owned()));
     }
 }

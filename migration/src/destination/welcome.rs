@@ -12,7 +12,9 @@ use crate::handover::{Token, earlier};
 use crate::patience::{Patience, TICK};
 use crate::progress::Watch;
 use crate::ram::{self, shared};
-use crate::wire::{Channel, Door, Lanes, Listener, MOST_STREAMS, Message, Received, Stream};
+use crate::wire::{
+    Channel, Door, Lanes, Listener, MOST_STREAMS, Message, PeerError, Received, Stream,
+};
 
 /// How many mismatches are told at most.
 const TOLD: usize = 1000;
@@ -49,7 +51,7 @@ pub(super) fn welcome<'a, 'w, H: Host, L: Listener>(
 fn connection<L: Listener>(listener: &L, watch: &Watch<'_>) -> Result<L::Stream, Error> {
     loop {
         if watch.cancel.is_cancelled() {
-            return Err(Error::Cancelled);
+            return Err(watch.cancel.error());
         }
         if let Some(stream) = listener.accept(TICK).map_err(Error::Listen)? {
             return Ok(stream);
@@ -99,12 +101,12 @@ fn meet<H: Host, L: Listener>(
     }
     let door = Door { listener, token, cancel: &watch.cancel, silence: patience.silence };
     let lanes = door.admit(&mut peer, streams, patience.greeting)?;
-    peer.now("before it sent memory");
-    let first = loop {
-        match peer.receive(patience.silence)? {
-            Received::Message(Message::Alive) => {}
-            first => break first,
+    let first = match first(&mut peer, patience) {
+        Err(PeerError::Cancelled) => {
+            peer.give_up(&one_line(&watch.cancel.error()));
+            return Err(PeerError::Cancelled.into());
         }
+        first => first?,
     };
     match (first, shared) {
         (first @ (Received::Ram { .. } | Received::Zero(_)), false)
@@ -114,6 +116,17 @@ fn meet<H: Host, L: Listener>(
         (Received::Message(other), _) => Err(peer.unexpected(&other).into()),
         (Received::State(_), false) => Err(peer.garbage("state".into()).into()),
         (_, true) => Err(peer.garbage("memory that it shares".into()).into()),
+    }
+}
+
+/// What comes first of a guest, once its source has prepared it.
+fn first<S: Stream>(peer: &mut Channel<S>, patience: &Patience) -> Result<Received, PeerError> {
+    peer.now("before it sent memory");
+    loop {
+        match peer.receive(patience.silence)? {
+            Received::Message(Message::Alive) => {}
+            first => return Ok(first),
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use crate::error::{Error, Failure, one_line};
 use crate::guest::Departing;
 use crate::patience::{Cancel, Patience};
 use crate::policy::{NoConvergence, Outcome};
-use crate::progress::{Progress, Stage, Watch};
+use crate::progress::{Progress, Watch};
 use crate::ram::PageBitmap;
 use crate::record::{NoRecord, Record};
 use crate::report::{Report, Status};
@@ -359,37 +359,4 @@ fn memory_of_another_shape_is_a_mismatch() {
     let tried = try_moving(world, guest, host, network, &options());
     assert!(matches!(tried.sent.err().unwrap().error, Error::Refused(_)));
     assert_eq!(tried.world.runners(), (true, false));
-}
-
-#[test]
-fn a_migration_can_be_cancelled_at_every_stage() {
-    for stage in [Stage::Preparing, Stage::Copying, Stage::Stopped] {
-        let world = Arc::<World>::default();
-        let mut guest = FakeGuest::new(&world, Fault::None);
-        let (mut network, door) = Network::new(Limits::NONE, Some(Limits::NONE));
-        let mut host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES };
-        let done = Cancel::new();
-        let waits = done.clone();
-        let destination = thread::Builder::new().spawn(move || {
-            let progress = &mut |_: &Progress| {};
-            let watch = Watch { progress, cancel: waits, record: Box::new(NoRecord) };
-            receive(&mut host, door, &patience(), watch).err().unwrap()
-        });
-        let cancel = Cancel::new();
-        let wish = cancel.clone();
-        let progress = &mut move |progress: &Progress| {
-            if progress.stage == stage {
-                wish.cancel();
-            }
-        };
-        let watch = Watch { progress, cancel, record: Box::new(NoRecord) };
-        let failure = send(&mut guest, || network.connect(), &options(), watch).err().unwrap();
-        assert_eq!(failure.report.status, Status::Cancelled, "{stage:?}");
-        assert_eq!(world.runners(), (true, false));
-        assert!(guest.plan().stopped().is_none());
-        done.cancel();
-        let there = destination.unwrap().join().unwrap();
-        let told = one_line(&*there);
-        assert!(told.ends_with("cancelled"), "{stage:?}: {told}");
-    }
 }

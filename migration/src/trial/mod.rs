@@ -13,3 +13,4 @@ mod shared;
 mod snapshots;
 mod streams;
 mod visitors;
+mod wishes;

@@ -15,7 +15,7 @@ use crate::error::{Context, Error, Result};
 /// Only one has virtual functions: the emulated NIC has ended a whole lab host while two guests used
 /// functions of the same physical one.
 const LANES: [&[&str]; 2] =
-    [&[], &["vfio", "hotplug", "evict", "guest_driver", "pause", "promise"]];
+    [&[], &["vfio", "hotplug", "evict", "guest_driver", "pause", "mishaps", "promise"]];
 
 /// Runs the tests of `programs`, each at most `tries` times, and shows each line that they print with
 /// the name of its program; tells whether all passed.

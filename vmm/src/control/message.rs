@@ -161,6 +161,9 @@ pub struct Info {
 pub struct Progress {
     /// What is being done, in a word or two: `agreeing`, `copying`, `switching over`.
     pub phase: String,
+    /// The step of the plan that is under way, as `migrate --dry-run` calls it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step: Option<String>,
     /// The pass over memory, counted from 0.
     pub round: u32,
     /// Bytes of guest memory dealt with in this round.

@@ -16,7 +16,7 @@ use crate::arch::profile::Platform;
 use crate::config::{DeviceConfig, DeviceId, VmName};
 use crate::control::PlannedDevice;
 use crate::dirty::KvmLog;
-use crate::machine::Machine;
+use crate::machine::{Machine, Seats};
 use crate::power::PowerSwitch;
 use crate::strategy::{
     Abilities, Choice, Evict, Moving, Pause, StayPaused, WantDirtying, Way, choose,
@@ -70,6 +70,11 @@ impl Leaving {
         dirty.add(KvmLog::new(machine.vm().clone()));
         let throttle = Throttle::new(machine.vcpus().clone());
         Ok(Self { machine, traits, profile, moving: None, dirty, throttle, plan: Plan::new() })
+    }
+
+    /// Where its devices are; none if it was given no slots.
+    pub(crate) fn seats(&self) -> Option<Seats> {
+        self.machine.seats()
     }
 
     /// Gives the machine back, as the plan left it, with the devices that could not be given back

@@ -157,7 +157,7 @@ impl Machine {
             reset: reset.clone(),
         };
         let Pci { ports, ecam, slots, saved: pci } = Pci::new(config.pci_slots, around)?;
-        let mut assigned = Assigned::new(&vm, messages);
+        let mut assigned = Assigned::new(&vm, messages, host.events.clone());
         assigned.insert_cold(&host.devices, slots.as_deref())?;
         // Where each device is, which is also its name in a saved state.
         let devices: Vec<(u64, u64, Arc<dyn Device>)> = vec![

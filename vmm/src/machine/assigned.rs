@@ -11,6 +11,7 @@ use migration::state::{Migratable, Saved, StateError, StateReader, StateWriter};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{DeviceConfig, DeviceId};
+use crate::event::{Event, Events};
 use crate::kvm::{self, Routes, Vm};
 
 /// Why a guest is not given a device.
@@ -53,14 +54,15 @@ pub(crate) struct Opener {
     container: Container,
     messages: Arc<Routes>,
     direct: Arc<kvm::Slots>,
+    events: Events,
 }
 
 impl Assigned {
     /// None yet, for a machine of `vm`.
-    pub(super) fn new(vm: &Arc<Vm>, messages: Arc<Routes>) -> Self {
+    pub(super) fn new(vm: &Arc<Vm>, messages: Arc<Routes>, events: Events) -> Self {
         let container = Container::new(vm.ram().clone(), tracker(vm));
         let direct = Arc::new(kvm::Slots::new(vm.clone()));
-        let opener = Arc::new(Opener { container, messages, direct });
+        let opener = Arc::new(Opener { container, messages, direct, events });
         Self { devices: BTreeMap::new(), waiting: BTreeMap::new(), opener }
     }
 
@@ -182,7 +184,7 @@ impl Opener {
         let machine = vfio::Machine {
             messages: self.messages.clone(),
             direct: self.direct.clone(),
-            owner: Arc::new(Complaints(device.id.clone())),
+            owner: Arc::new(Complaints { id: device.id.clone(), events: self.events.clone() }),
         };
         VfioFunction::open(&device.host.sysfs(), &self.container, machine)
             .map_err(|source| Error::Open { id: device.id.clone(), source })
@@ -200,15 +202,18 @@ fn tracker(vm: &Vm) -> Option<Arc<VfioDeviceFd>> {
         .map(|fd| Arc::new(VfioDeviceFd::new_from_kvm(fd)))
 }
 
-/// Writes what the host has to say of a device into the log.
-struct Complaints(DeviceId);
+/// Passes on what the host has to say of a device.
+struct Complaints {
+    id: DeviceId,
+    events: Events,
+}
 
 impl Owner for Complaints {
     fn device_failed(&self) {
-        tracing::error!(device = %self.0, "the device had an error that it cannot correct");
+        self.events.send(Event::DeviceFailed(self.id.clone()));
     }
 
     fn device_wanted(&self) {
-        tracing::warn!(device = %self.0, "the host wants the device back: unplug it");
+        self.events.send(Event::DeviceWanted(self.id.clone()));
     }
 }

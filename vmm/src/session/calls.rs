@@ -2,7 +2,6 @@
 
 use std::mem;
 
-use migration::guest::Departing;
 use migration::handover::{GivingEvent, Verdict};
 
 use super::{Ending, Next, Session, Tenant};
@@ -223,16 +222,13 @@ impl Session {
                 reply.finish(Ok(Undecided { stopped_s, ..what.clone() }));
                 Next::Stay
             }
-            Some(decision) => {
-                let next = self.decide(decision);
-                reply.finish(Ok(()));
-                next
-            }
+            Some(decision) => self.decide(decision, reply),
         }
     }
 
-    /// Takes the word of a person, or of the destination, about an undecided migration.
-    fn decide(&mut self, decision: Decision) -> Next {
+    /// Takes the word of a person, or of the destination, about an undecided migration. A guest
+    /// that goes on here takes its time: its devices are resumed, or plugged in again.
+    fn decide(&mut self, decision: Decision, reply: Replier) -> Next {
         let Tenant::Undecided { handover, .. } = &mut self.tenant else {
             return Next::Stay;
         };
@@ -244,15 +240,23 @@ impl Session {
             tracing::warn!(%error, "cannot write down what was decided");
         }
         handover.settle();
+        reply.finish(Ok(()));
         if !handover.state().may_run() {
             return Next::End(Ending::Quit);
         }
-        let tenant = mem::replace(&mut self.tenant, Tenant::Between);
-        if let Tenant::Undecided { mut guest, .. } = tenant {
-            guest.plan().undo();
-            guest.dirty().stop();
-            self.tenant = self.stays(*guest);
+        if let Tenant::Undecided { guest, .. } = mem::replace(&mut self.tenant, Tenant::Between) {
+            let seats = guest.seats();
+            let underway = migrate::take_back(guest, self.host.events.clone());
+            self.tenant = Tenant::Leaving { underway, seats, after: Next::Stay };
         }
         Next::Stay
+    }
+
+    /// A guest runs here again, after all.
+    pub(super) fn taken_back(&mut self, guest: Leaving) -> Next {
+        let Tenant::Leaving { after, .. } = mem::replace(&mut self.tenant, Tenant::Between) else {
+            unreachable!("it was leaving until then")
+        };
+        self.stay(guest, after)
     }
 }

@@ -146,7 +146,7 @@ impl Session {
     }
 
     /// The device `id`, and the slot that it is in.
-    fn device(&mut self, id: &DeviceId) -> Result<(DeviceConfig, u8), String> {
+    pub(super) fn device(&mut self, id: &DeviceId) -> Result<(DeviceConfig, u8), String> {
         self.answering("unplug a device from")?;
         if self.plugging.iter().any(|underway| underway.device().id == *id) {
             return Err(format!("{id} is being plugged or unplugged: wait until that is over"));

@@ -1,6 +1,7 @@
 //! `uvmm run`: one guest's stay on this host, from its start or arrival to its end or departure.
 
 mod alarm;
+mod attention;
 mod calls;
 mod error;
 mod homecoming;
@@ -260,6 +261,9 @@ impl Session {
             Event::Arrived(arrival) => self.arrived(*arrival)?,
             Event::Snapped(snapped) => self.snapped(*snapped),
             Event::Restored(restored) => self.restored(*restored)?,
+            Event::TakenBack(guest) => self.taken_back(*guest),
+            Event::DeviceWanted(id) => self.device_wanted(&id),
+            Event::DeviceFailed(id) => self.device_failed(&id),
             Event::Plugged(serial) => self.plugged(serial),
         };
         match next {
@@ -294,12 +298,7 @@ impl Session {
         match outcome {
             Outcome::Gone => return Next::End(Ending::Migrated),
             Outcome::Stayed => {
-                let given = self.host.devices.clone();
-                self.tenant = self.stays(guest);
-                // A guest that boots again gets what the user gave it.
-                if after == Next::Boot {
-                    self.host.devices = given;
-                }
+                return self.stay(guest, after);
             }
             Outcome::Undecided(what, handover) => {
                 let guest = Box::new(guest);
@@ -307,6 +306,17 @@ impl Session {
             }
         }
         after
+    }
+
+    /// A guest goes on here; gives what comes next.
+    fn stay(&mut self, guest: Leaving, next: Next) -> Next {
+        let given = self.host.devices.clone();
+        self.tenant = self.stays(guest);
+        // A guest that boots again gets what the user gave it.
+        if next == Next::Boot {
+            self.host.devices = given;
+        }
+        next
     }
 
     fn arrived(&mut self, arrival: Arrival) -> Result<Next, Error> {

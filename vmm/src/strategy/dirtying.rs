@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use devices::pci::bridge::BlockView;
 use migration::plan::{Meanwhile, Step, StepFailure};
 
 use super::Moving;
+use crate::block::wait_until;
 
 /// How long a guest may take to begin what it promised.
 const BEGINS: Duration = Duration::from_secs(10);
-const TICK: Duration = Duration::from_millis(20);
 
 /// Has the guest keep its promise: whatever a device writes, a CPU writes as well.
 pub(crate) struct WantDirtying(pub(crate) Moving);
@@ -22,17 +23,15 @@ impl Step for WantDirtying {
         let slots = self.0.slots();
         slots.want_dirtying(true);
         let deadline = Instant::now() + BEGINS;
-        while !slots.block().promise_is_kept() {
-            let broken = !slots.block().dirtying_active || Instant::now() > deadline;
-            let failed =
-                if broken { Err("the guest promised it and does not".into()) } else { meanwhile() };
-            if failed.is_err() {
-                slots.want_dirtying(false);
-                return failed;
-            }
-            let _ = slots.wait(slots.changes(), Instant::now() + TICK);
-        }
-        Ok(())
+        let decided = |block: &BlockView| block.promise_is_kept() || !block.dirtying_active;
+        let waited = wait_until(slots, deadline, decided, meanwhile);
+        let failed = match waited {
+            Ok(_) if slots.block().promise_is_kept() => return Ok(()),
+            Ok(_) => "the guest promised it and does not".into(),
+            Err(failed) => failed,
+        };
+        slots.want_dirtying(false);
+        Err(failed)
     }
 
     fn undo(&mut self) {

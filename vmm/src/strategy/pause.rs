@@ -1,30 +1,32 @@
 //! Having the guest's own drivers pause devices, through the migration block of their bridge.
 
+use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use devices::pci::bridge::BlockView;
-use devices::shpc::Slots;
 use migration::plan::{Meanwhile, Step, StepFailure};
 
 use super::evict::{evict, give_back};
 use super::{Moving, Way};
+use crate::block::wait_until;
 use crate::config::{DeviceId, OnTimeout};
 
 /// How long a guest may take to pause all its devices, or to resume them.
 const PATIENCE: Duration = Duration::from_secs(5);
-const TICK: Duration = Duration::from_millis(20);
 
 /// Has the guest pause the devices that are to be paused; those that it does not pause are
 /// unplugged instead, where the user allows that.
 pub(crate) struct Pause {
     moving: Moving,
     evicted: Vec<(DeviceId, u8)>,
+    /// The others run again meanwhile, to be paused once the guest's memory was sent again.
+    interrupted: bool,
 }
 
 impl Pause {
     /// Of the devices of `moving`, those that are to be paused.
     pub(crate) fn new(moving: Moving) -> Self {
-        Self { moving, evicted: Vec::new() }
+        Self { moving, evicted: Vec::new(), interrupted: false }
     }
 
     /// Evicts those that the guest does not pause, if the user lets them be evicted.
@@ -59,29 +61,21 @@ impl Step for Pause {
 
     fn enter(&mut self, meanwhile: &mut Meanwhile<'_>) -> Result<(), StepFailure> {
         self.moving.check_promise()?;
-        loop {
-            let devices = self.moving.by(Way::Pause);
-            let gone_on = match pause(&self.moving, &devices, meanwhile) {
-                Ok(unpaused) if unpaused.is_empty() => match self.moving.check_promise() {
-                    Ok(()) => return Ok(()),
-                    Err(error) => Err(error),
-                },
-                Ok(unpaused) => {
-                    let promise = self.moving.check_promise();
-                    promise.and_then(|()| self.evict_instead(unpaused, meanwhile))
-                }
-                Err(error) => Err(error),
-            };
-            if let Err(error) = gone_on {
-                self.undo();
-                return Err(error);
-            }
-        }
+        let devices = self.moving.by(Way::Pause);
+        let entered = pause(&self.moving, &devices, meanwhile).and_then(|unpaused| {
+            self.moving.check_promise()?;
+            self.interrupted = !unpaused.is_empty();
+            if self.interrupted { self.evict_instead(unpaused, meanwhile) } else { Ok(()) }
+        });
+        entered.inspect_err(|_| self.undo())
     }
 
     fn took_long(&self) -> bool {
-        // As long as a device is paused, nothing is worth more than to go on.
-        !self.evicted.is_empty() && self.moving.by(Way::Pause).is_empty()
+        self.interrupted
+    }
+
+    fn goes_on(&self) -> bool {
+        self.interrupted && !self.moving.by(Way::Pause).is_empty()
     }
 
     fn undo(&mut self) {
@@ -125,16 +119,11 @@ fn pause(
     let slots = moving.slots();
     let numbers: Vec<u8> = devices.iter().map(|(_, slot)| *slot).collect();
     devices.iter().for_each(|(id, _)| moving.is_away(id));
-    let mut seen = slots.changes();
     slots.ask_to_pause(&numbers)?;
-    let deadline = Instant::now() + PATIENCE;
-    let mut stopped = Ok(());
-    let may_answer =
-        |block: BlockView| block.wants_pause && block.can_pause && !block.is_answered();
-    while may_answer(slots.block()) && Instant::now() < deadline && stopped.is_ok() {
-        seen = slots.wait(seen, Instant::now() + TICK);
-        stopped = meanwhile();
-    }
+    let answered = |block: &BlockView| {
+        block.is_answered() || !block.wants_pause || !block.can_pause // it never will
+    };
+    let mut stopped = wait_until(slots, Instant::now() + PATIENCE, answered, meanwhile);
     let block = slots.block();
     if stopped.is_ok() && !block.wants_pause {
         stopped = Err("the guest was reset while it was asked".into());
@@ -144,27 +133,19 @@ fn pause(
     if stopped.is_err() || !unpaused.is_empty() {
         resume(moving, devices);
     }
-    stopped.map(|()| unpaused)
+    stopped.map(|_| unpaused)
 }
 
 /// Has the guest resume `devices`, and waits for that.
 fn resume(moving: &Moving, devices: &[(DeviceId, u8)]) {
     moving.slots().let_resume();
-    if await_resumed(moving.slots(), Instant::now() + PATIENCE) {
+    let deadline = Instant::now() + PATIENCE;
+    let resumed =
+        wait_until(moving.slots(), deadline, BlockView::is_resumed, || Ok::<_, Infallible>(()));
+    let Ok(resumed) = resumed;
+    if resumed {
         devices.iter().for_each(|(id, _)| moving.is_back(id.as_str()));
     } else {
         tracing::warn!("the guest does not say that its devices are resumed");
     }
-}
-
-/// Waits until the guest has resumed whatever it paused, at most until `deadline`.
-fn await_resumed(slots: &Slots, deadline: Instant) -> bool {
-    let mut seen = slots.changes();
-    while !slots.block().is_resumed() {
-        if Instant::now() > deadline {
-            return false;
-        }
-        seen = slots.wait(seen, Instant::now() + TICK);
-    }
-    true
 }
