@@ -60,10 +60,13 @@ impl Fake {
         Arc::new(Self::with(config, pin, true))
     }
 
-    /// One with a pin that it does not unmask by itself.
+    /// One like a mediated device: it does not unmask its pin by itself, and even of the
+    /// conventional configuration space it lacks a byte.
     pub(super) fn plain() -> Arc<Self> {
         let mut config = image();
         config[0x3d] = 1;
+        config[0xfe] = 0x77;
+        config.truncate(0xff);
         Arc::new(Self { unmasks_itself: false, ..Self::with(config, true, true) })
     }
 
@@ -127,7 +130,10 @@ fn image() -> Vec<u8> {
 impl Hardware for Fake {
     fn region(&self, region: u32) -> Region {
         match region {
-            CONFIG => Region { size: 4096, mappable: Vec::new() },
+            CONFIG => {
+                let size = self.config.lock().unwrap().len().try_into().unwrap();
+                Region { size, mappable: Vec::new() }
+            }
             0 | 2 => Region { size: BAR_SIZE, mappable: std::iter::once(0..BAR_SIZE).collect() },
             _ => Region::default(),
         }

@@ -259,6 +259,19 @@ fn a_pin_is_used_while_there_are_no_messages() {
 }
 
 #[test]
+fn what_a_device_lacks_of_its_configuration_space_is_zero() {
+    let (fake, world) = (Fake::plain(), World::new());
+    let function = world.function(&fake);
+    assert_eq!(read(&function, 0xfc), [0, 0, 0x77, 0]);
+    assert_eq!(read(&function, 0x100), [0; 4]);
+    fake.take();
+    write(&function, 0xfc, &[1, 2, 3, 4]);
+    assert_eq!(fake.take(), [Deed::WroteConfig(0xfc, vec![1, 2, 3])]);
+    write(&function, 0x100, &[0xff; 4]);
+    assert_eq!(fake.take(), []);
+}
+
+#[test]
 fn a_pin_that_is_not_unmasked_in_the_kernel_is_unmasked_by_us() {
     let (fake, world) = (Fake::plain(), World::new());
     let function = world.function(&fake);
