@@ -42,8 +42,8 @@ impl Vm {
         self.says(&format!(
             "ip link set {name} up && ip address replace {GUEST_IP}/24 dev {name}"
         ))?;
-        self.until(&format!("grep -q 1 /sys/class/net/{name}/carrier"))?;
-        self.pings()?;
+        // There is a link some time after the NIC came up.
+        self.until(&format!("ping -c 1 -W 1 {} > /dev/null", text("PEER_IP")?))?;
         Ok(name)
     }
 
