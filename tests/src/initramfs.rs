@@ -25,8 +25,16 @@ const HOST_MODULES: [&str; 10] = [
     "kvm_intel",
 ];
 /// Drivers that a guest may be asked to load, in `/modules`.
-const GUEST_MODULES: [&str; 7] =
-    ["button", "evdev", "igbvf", "virtio_pci", "virtio_net", "virtio_blk", "virtio_console"];
+const GUEST_MODULES: [&str; 8] = [
+    "button",
+    "evdev",
+    "igbvf",
+    "e1000",
+    "virtio_pci",
+    "virtio_net",
+    "virtio_blk",
+    "virtio_console",
+];
 
 const GUEST_INIT: &str = include_str!("guest/init.sh");
 const HOST_INIT: &str = include_str!("host/init.sh");

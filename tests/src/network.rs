@@ -1,6 +1,7 @@
 //! What the rest of the network sees of a guest that moves: pings that stay unanswered, and a
 //! transfer that takes it.
 mod bulk;
+mod exchange;
 mod ping;
 mod relay;
 
@@ -28,6 +29,24 @@ impl Vm {
         self.says(&format!("ip link set eth0 up && ip address replace {GUEST_IP}/24 dev eth0"))?;
         self.until("grep -q 1 /sys/class/net/eth0/carrier")?;
         self.pings()
+    }
+
+    /// Joins the network by the NIC in `slot`, and by no other; gives its name.
+    ///
+    /// # Errors
+    /// If there is no NIC, or no way out.
+    pub fn joins_network_by(&mut self, slot: u8) -> Result<String> {
+        let place = format!("/sys/bus/pci/devices/0000:01:{slot:02x}.0/net");
+        self.until(&format!("[ -d {place} ]"))?;
+        let name = self.says(&format!("ls {place}"))?;
+        let down = "for nic in /sys/class/net/eth*; do ip link set ${nic##*/} down; done; true";
+        self.says(down)?;
+        self.says(&format!(
+            "ip link set {name} up && ip address replace {GUEST_IP}/24 dev {name}"
+        ))?;
+        // There is a link some time after the NIC came up.
+        self.until(&format!("ping -c 1 -W 1 {} > /dev/null", text("PEER_IP")?))?;
+        Ok(name)
     }
 
     /// Reaches the rest of the network. An emulated one that is busy loses a packet now and then.

@@ -1,15 +1,21 @@
 //! Virtual functions come and go while a stock Linux runs, by the button of their slot.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 use std::fs;
+use std::path::Path;
 use std::process::ExitStatus;
+use std::sync::Mutex;
+use std::thread;
 use std::time::Instant;
 
 use serde_json::Value;
 use tests::inside_lab;
 use tests::vm::{SHORT, Uvmm, Vm, text};
 
-/// How often a function comes and goes. Linux alone thinks for ten seconds each time.
-const CYCLES: usize = 8;
+/// How often each of two functions comes and goes. Linux alone thinks for ten seconds each time, so
+/// that they do it beside each other.
+const CYCLES: usize = 10;
+/// Bytes that each carries both ways when it has just come.
+const BULK: usize = 2 << 20;
 
 /// Boots a guest with empty slots.
 fn boot(uvmm: &Uvmm, more: &str, arguments: &[&str]) -> Vm {
@@ -36,9 +42,7 @@ fn unplug(uvmm: &Uvmm, id: &str, more: &[&str]) -> (ExitStatus, String, String) 
 
 /// How slot `number` stands.
 fn slot(uvmm: &Uvmm, number: usize) -> Value {
-    let (status, info, errors) = uvmm.call(&["info", "--vm", "guest", "--json"]).unwrap();
-    assert!(status.success(), "{errors}");
-    serde_json::from_str::<Value>(&info).unwrap()["slots"][number - 1].take()
+    uvmm.info("guest").unwrap()["slots"][number - 1].take()
 }
 
 /// The files of VFIO that uvmm holds: the container, the group, the device.
@@ -60,33 +64,55 @@ fn is_the_hosts(vm: &Vm, address: &str) {
     assert_eq!(pinned.trim(), "0 kB", "memory is still open to DMA");
 }
 
+/// The function that `name` names comes and goes in a slot of its own.
+fn comes_and_goes(uvmm: &Uvmm, vm: &Mutex<Vm>, name: &str, number: u8) {
+    let address = text(name).unwrap();
+    let device = format!("vfio,id={name},host={address},slot={number}");
+    let group = fs::read_link(format!("/sys/bus/pci/devices/{address}/iommu_group")).unwrap();
+    let group = Path::new("/dev/vfio").join(group.file_name().unwrap()).display().to_string();
+    let slot = || slot(uvmm, number.into());
+    for cycle in 0..CYCLES {
+        let (status, printed, steps) = plug(uvmm, &device, &[]);
+        assert!(status.success(), "{steps}");
+        assert_eq!(printed, format!("{name} is in slot {number}\n"));
+        assert!(steps.contains("asked") && steps.contains("accepted"), "{steps}");
+        let is = slot();
+        assert_eq!((&is["device"], &is["state"]), (&name.into(), &"enabled".into()), "{is}");
+        assert_eq!((&is["power_led"], &is["attention_led"]), (&"on".into(), &"off".into()));
+        {
+            let mut vm = vm.lock().unwrap();
+            assert!(held(&vm).contains(&group));
+            vm.joins_network_by(number).unwrap();
+            if cycle == 0 {
+                vm.exchanges(BULK).unwrap();
+            }
+        }
+        let (status, printed, steps) = unplug(uvmm, name, &[]);
+        assert!(status.success(), "{steps}");
+        assert_eq!(printed, format!("{name} is out of slot {number}\n"));
+        assert_eq!(slot()["state"], "disabled");
+        let mut vm = vm.lock().unwrap();
+        assert!(!held(&vm).contains(&group));
+        let place = format!("/sys/bus/pci/devices/0000:01:{number:02x}.0");
+        vm.says(&format!("[ ! -e {place} ]")).unwrap();
+    }
+}
+
 #[test]
 fn functions_come_and_go_as_often_as_wished() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
-    let mut vm = boot(&uvmm, "", &["--cpus", "2"]);
+    let vm = boot(&uvmm, "", &["--cpus", "2"]);
     assert_eq!(slot(&uvmm, 1)["device"], Value::Null);
     assert_eq!(slot(&uvmm, 1)["driver"], true);
-    for name in ["VF0", "VF1"].into_iter().cycle().take(CYCLES) {
-        let device = format!("vfio,id=net0,host={}", text(name).unwrap());
-        let (status, printed, steps) = plug(&uvmm, &device, &[]);
-        assert!(status.success(), "{steps}");
-        assert_eq!(printed, "net0 is in slot 1\n");
-        assert!(steps.contains("asked") && steps.contains("accepted"), "{steps}");
-        let is = slot(&uvmm, 1);
-        assert_eq!((&is["device"], &is["state"]), (&"net0".into(), &"enabled".into()), "{is}");
-        assert_eq!((&is["power_led"], &is["attention_led"]), (&"on".into(), &"off".into()));
-        assert!(!held(&vm).is_empty());
-        pings(&mut vm, 1);
-        let (status, printed, steps) = unplug(&uvmm, "net0", &[]);
-        assert!(status.success(), "{steps}");
-        assert_eq!(printed, "net0 is out of slot 1\n");
+    let vm = Mutex::new(vm);
+    thread::scope(|scope| {
+        scope.spawn(|| comes_and_goes(&uvmm, &vm, "VF0", 1));
+        scope.spawn(|| comes_and_goes(&uvmm, &vm, "VF1", 2));
+    });
+    let vm = vm.into_inner().unwrap();
+    for name in ["VF0", "VF1"] {
         is_the_hosts(&vm, &text(name).unwrap());
-        assert_eq!(
-            vm.says("cd /sys/bus/pci; echo devices/0000:01:*").unwrap(),
-            "devices/0000:01:*"
-        );
-        assert_eq!(slot(&uvmm, 1)["state"], "disabled");
     }
     assert_eq!(vm.errors().unwrap(), "");
 }

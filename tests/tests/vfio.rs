@@ -1,11 +1,13 @@
 //! A stock Linux drives a virtual function of the host's NIC behind the hot-plug bridge.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener};
-use std::thread;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use tests::inside_lab;
-use tests::vm::{Uvmm, Vm, text};
+use tests::vm::{SHORT, Uvmm, Vm, text, variable};
 
 /// Bytes that are carried each way.
 const BULK: usize = 8 << 20;
@@ -22,43 +24,7 @@ fn join_network(vm: &mut Vm) {
     vm.until("[ -d /sys/bus/pci/devices/0000:01:01.0/net/eth0 ]").unwrap();
     vm.says("ip link set eth0 up && ip address add 10.7.0.2/24 dev eth0").unwrap();
     vm.until("grep -q 1 /sys/class/net/eth0/carrier").unwrap();
-    pings(vm);
-}
-
-fn pings(vm: &mut Vm) {
-    let said = vm.says(&format!("ping -c 5 -i 0.2 -W 5 {}", text("PEER_IP").unwrap())).unwrap();
-    assert!(said.contains(" 0% packet loss"), "{said}");
-}
-
-/// Carries data both ways and compares what arrived.
-fn carries(vm: &mut Vm) {
-    let peer = text("PEER_IP").unwrap();
-    let listener = TcpListener::bind((peer.as_str(), 0)).unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let line = format!(
-        "head -c {BULK} /dev/urandom > /tmp/sent; nc {peer} {port} < /tmp/sent > /tmp/back; \
-         cmp /tmp/sent /tmp/back && wc -c < /tmp/back"
-    );
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut all = vec![0; BULK];
-            stream.read_exact(&mut all).unwrap();
-            stream.write_all(&all).unwrap();
-            stream.shutdown(Shutdown::Write).unwrap();
-            drop(stream.read_to_end(&mut Vec::new()));
-        });
-        assert_eq!(vm.says(&line).unwrap(), BULK.to_string());
-    });
-}
-
-/// How many accesses to memory uvmm had to answer for the guest so far.
-fn exits(uvmm: &Uvmm) -> u64 {
-    let (status, info, errors) = uvmm.call(&["info", "--vm", "guest", "--json"]).unwrap();
-    assert!(status.success(), "{errors}");
-    let (_, rest) = info.split_once("\"exits-mmio\":").unwrap();
-    let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
-    digits.parse().unwrap()
+    vm.pings().unwrap();
 }
 
 /// The whole of what a network function is for, in a guest that has just booted.
@@ -68,11 +34,15 @@ fn works(uvmm: &Uvmm, vm: &mut Vm) {
         "0000:01:01 1 1"
     );
     join_network(vm);
-    let before = exits(uvmm);
-    carries(vm);
+    let before = uvmm.mmio_exits("guest").unwrap();
+    vm.exchanges(BULK).unwrap();
     let packets = vm.says("cat /sys/class/net/eth0/statistics/rx_packets").unwrap();
     assert!(packets.parse::<u64>().unwrap() > 4000, "{packets}");
-    assert_eq!(exits(uvmm), before, "neither packets nor interrupts need uvmm");
+    assert_eq!(
+        uvmm.mmio_exits("guest").unwrap(),
+        before,
+        "neither packets nor interrupts need uvmm"
+    );
     assert_eq!(vm.errors().unwrap(), "");
 }
 
@@ -114,6 +84,7 @@ fn a_driver_can_let_go_of_a_function_and_take_it_again() {
         );
         vm.says("echo 1 > /sys/bus/pci/slots/1/power").unwrap();
         join_network(&mut vm);
+        vm.exchanges(BULK / 4).unwrap();
     }
     assert_eq!(vm.errors().unwrap(), "");
 }
@@ -166,4 +137,69 @@ fn the_doctor_tells_what_keeps_a_device_from_a_guest() {
     let (status, table) = examine(&text("VF0").unwrap());
     assert_eq!(status, 1, "{table}");
     assert!(table.contains("fuser /dev/vfio/"), "{table}");
+}
+
+/// A user without rights.
+const NOBODY: u32 = 65534;
+
+/// `uvmm` with `arguments` as that user, who may lock `memlock` MiB.
+fn as_nobody(uvmm: &Uvmm, memlock: u64, arguments: &[&str]) -> Command {
+    let given = uvmm.command(arguments.iter().copied());
+    let mut command = Command::new("prlimit");
+    command.arg(format!("--memlock={0}:{0}", memlock << 20)).arg("setpriv");
+    command.args([format!("--reuid={NOBODY}"), format!("--regid={NOBODY}")]);
+    command.args(["--clear-groups", "--inh-caps=-all"]).arg(given.get_program());
+    let variables = given.get_envs().filter_map(|(name, value)| Some((name, value?)));
+    command.args(given.get_args()).envs(variables).stdin(Stdio::null());
+    command
+}
+
+/// What such a command says, on both streams, and its status.
+fn heard(mut command: Command) -> (Option<i32>, String) {
+    let output = command.output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(said).unwrap())
+}
+
+#[test]
+fn an_ordinary_user_is_told_what_is_missing_and_needs_no_more() {
+    inside_lab!();
+    // Where that user can run it.
+    let place = tempfile::tempdir_in("/tmp").unwrap();
+    fs::set_permissions(place.path(), Permissions::from_mode(0o755)).unwrap();
+    let binary = place.path().join("uvmm");
+    fs::copy(variable("UVMM").unwrap(), &binary).unwrap();
+    let uvmm = Uvmm::of(binary).unwrap();
+    chown(uvmm.dir(), Some(NOBODY), Some(NOBODY)).unwrap();
+    fs::set_permissions("/dev/kvm", Permissions::from_mode(0o666)).unwrap();
+
+    let function = text("VF0").unwrap();
+    let group = format!("/sys/bus/pci/devices/{function}/iommu_group");
+    let group = Path::new("/dev/vfio").join(fs::read_link(group).unwrap().file_name().unwrap());
+    let device = format!("vfio,id=net0,host={function}");
+    let run = ["run", "--name", "tiny", "--serial", "null", "--memory", "128M"];
+    let run = [&run[..], &["--device", &device]].concat();
+    let refused = |memlock: u64, why: &str, doctors: &str| {
+        let (status, said) = heard(as_nobody(&uvmm, memlock, &run));
+        assert_eq!(status, Some(1), "{said}");
+        assert!(said.contains(why) && said.lines().count() == 1, "{said}");
+        let (status, table) = heard(as_nobody(&uvmm, memlock, &["doctor", "--device", &function]));
+        assert_eq!(status, Some(1), "{table}");
+        assert!(table.contains(doctors), "{table}");
+    };
+    refused(1024, "chown it to the user who runs uvmm", &format!("chown USER {}", group.display()));
+    chown(&group, Some(NOBODY), None).unwrap();
+    refused(64, "this process may lock 64 MiB, raise that (ulimit -l", "NO       at most 64M");
+    let (status, table) = heard(as_nobody(&uvmm, 512, &["doctor", "--device", &function]));
+    assert_eq!(status, Some(0), "{table}");
+
+    let mut running = as_nobody(&uvmm, 128, &run).spawn().unwrap();
+    let deadline = Instant::now() + SHORT;
+    while heard(as_nobody(&uvmm, 128, &["info", "--vm", "tiny"])).0 != Some(0) {
+        assert!(Instant::now() < deadline && matches!(running.try_wait(), Ok(None)));
+    }
+    let (status, said) = heard(as_nobody(&uvmm, 128, &["stop", "--force", "--vm", "tiny"]));
+    assert_eq!(status, Some(0), "{said}");
+    assert_eq!(running.wait().unwrap().code(), Some(0));
+    chown(&group, Some(0), None).unwrap();
 }

@@ -38,9 +38,10 @@ pub enum Error {
     NoIommu(String),
     /// Drivers of the host have others in its group.
     #[error(
-        "{name} shares IOMMU group {group} with {}: give all of them to VFIO or leave them without \
-         a driver",
-        list(others)
+        "{name} shares IOMMU group {group} with {}: as root, {}; a guest may have those as well, \
+         given to VFIO",
+        list(others),
+        how_to_free(others)
     )]
     Shared {
         /// The device.
@@ -130,6 +131,10 @@ fn held_by(driver: Option<&str>) -> String {
 fn list(others: &[Neighbour]) -> String {
     let names = others.iter().map(|other| format!("{} ({})", other.name, other.driver));
     names.collect::<Vec<_>>().join(", ")
+}
+
+fn how_to_free(others: &[Neighbour]) -> String {
+    others.iter().map(Neighbour::how_to_free).collect::<Vec<_>>().join("; ")
 }
 
 fn memlock(limit: Option<u64>) -> String {
@@ -232,7 +237,11 @@ mod tests {
                  /sys/bus/pci/devices/0000:01:10.0/driver_override",
             ),
             (HostDevice { is_vfios: false, driver: None, ..device() }, "bound to no driver"),
-            (HostDevice { in_the_way: vec![other], ..device() }, "0000:01:10.1 (igb)"),
+            (
+                HostDevice { in_the_way: vec![other], ..device() },
+                "with 0000:01:10.1 (igb): as root, echo 0000:01:10.1 > \
+                 /sys/bus/pci/devices/0000:01:10.1/driver/unbind",
+            ),
         ] {
             let error = device.check().unwrap_err().to_string();
             assert!(error.contains(says) && !error.contains('\n'), "{error}");

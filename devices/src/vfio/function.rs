@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use migration::state::{Migratable, Saved, StateError, StateReader, StateWriter};
 use serde::{Deserialize, Serialize};
 
-use super::attention::{Attention, Owner};
+use super::attention::{Owner, listen_for};
 use super::container::Container;
 use super::error::Error;
 use super::hardware::{CONFIG, Hardware, Interrupt, VfioHardware};
 use super::host::HostDevice;
 use super::interrupts::Interrupts;
+use super::listener::Listener;
 use super::patch::{self, Patched};
 use super::regions::Window;
 use crate::direct::DirectMap;
@@ -39,7 +40,7 @@ pub struct Machine {
 pub struct VfioFunction {
     name: String,
     // Dropped before the device: it listens to it.
-    _attention: Option<Attention>,
+    _attention: Option<Listener>,
     direct: Arc<dyn DirectMap>,
     bars: Vec<Layout>,
     msi: Option<Msi>,
@@ -97,7 +98,7 @@ impl VfioFunction {
             line: None,
             master: false,
         };
-        let attention = Attention::begin(&*hardware, machine.owner)
+        let attention = listen_for(&*hardware, machine.owner)
             .inspect_err(|error| tracing::warn!(name, %error, "nobody listens for the device"))
             .ok();
         let function = Self {

@@ -16,6 +16,7 @@ use vmm_sys_util::ioctl_io_nr;
 
 use super::container::Reach;
 use crate::direct::HostMemory;
+use crate::pci::registers::{COMMAND, command};
 
 // VFIO_TYPE, and VFIO_BASE + n.
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, 0x3b, 110);
@@ -73,8 +74,10 @@ pub(super) trait Hardware: Send + Sync {
     fn signal(&self, kind: Interrupt, start: u32, eventfds: &[Option<&EventFd>]) -> io::Result<()>;
     /// Switches off all interrupts of a kind. Of those for the guest, one kind may be on.
     fn disable(&self, kind: Interrupt) -> io::Result<()>;
-    /// Unmasks the pin each time `eventfd` is signalled.
+    /// Unmasks the pin each time `eventfd` is signalled. Not every driver can.
     fn unmask_by(&self, eventfd: &EventFd) -> io::Result<()>;
+    /// Unmasks the pin now.
+    fn unmask(&self) -> io::Result<()>;
     fn can_reset(&self) -> bool;
     fn reset(&self) -> io::Result<()>;
 }
@@ -198,6 +201,11 @@ impl Hardware for VfioHardware {
         self.set_irqs(Interrupt::Intx, flags, 0, 1, &[eventfd.as_raw_fd()])
     }
 
+    fn unmask(&self) -> io::Result<()> {
+        let flags = vfio::VFIO_IRQ_SET_DATA_NONE | vfio::VFIO_IRQ_SET_ACTION_UNMASK;
+        self.set_irqs(Interrupt::Intx, flags, 0, 1, &[])
+    }
+
     fn can_reset(&self) -> bool {
         self.can_reset
     }
@@ -222,10 +230,15 @@ impl Hardware for VfioHardware {
 impl Drop for VfioHardware {
     /// A device that was used by a guest stops all DMA before guest memory is closed to it.
     fn drop(&mut self) {
-        if self.can_reset
-            && let Err(error) = self.reset()
-        {
-            tracing::warn!(%error, "cannot reset a device that is given back");
+        if self.can_reset {
+            match self.reset() {
+                Ok(()) => return,
+                Err(error) => tracing::warn!(%error, "cannot reset a device that is given back"),
+            }
+        }
+        let command = command::IO | command::MEMORY;
+        if let Err(error) = self.write(CONFIG, COMMAND.into(), &command.to_le_bytes()) {
+            tracing::warn!(%error, "cannot keep a device that is given back from DMA");
         }
     }
 }

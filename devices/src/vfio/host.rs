@@ -34,6 +34,15 @@ pub struct Neighbour {
     pub driver: String,
 }
 
+impl Neighbour {
+    /// What takes it from its driver: a command for root's shell.
+    #[must_use]
+    pub fn how_to_free(&self) -> String {
+        let name = &self.name;
+        format!("echo {name} > /sys/bus/pci/devices/{name}/driver/unbind")
+    }
+}
+
 /// Bridges may stay with these: they let go of DMA, or do none (`driver_managed_dma` in the
 /// kernel's source).
 const HARMLESS: [&str; 3] = ["pcieport", "pci-stub", "shpchp"];

@@ -3,7 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::hardware::{Hardware, Interrupt};
+use super::listener::Listener;
 use crate::irq::{LevelTrigger, Line, Message, Messages, Vector};
 
 /// How many vectors are switched on at least, if the device has them: growing means to switch all
@@ -15,9 +18,17 @@ enum Mode {
     /// Not at all.
     Off,
     /// By its pin.
-    Pin { _trigger: Box<dyn LevelTrigger> },
+    Pin { _wiring: Wiring },
     /// By messages of either kind.
     Messages(Interrupt, Vectors),
+}
+
+/// A device's pin on its line. The kernel masks the pin when it interrupts, and it is unmasked when
+/// the guest ended that.
+struct Wiring {
+    /// Unmasks it, if its driver leaves that to us.
+    _unmasking: Option<Listener>,
+    _trigger: Box<dyn LevelTrigger>,
 }
 
 /// The vectors of a device that interrupts by messages.
@@ -67,19 +78,31 @@ impl Interrupts {
         self.off();
         let Some(line) = line else { return };
         match self.wire(line) {
-            Ok(trigger) => self.mode = Mode::Pin { _trigger: trigger },
+            Ok(wiring) => self.mode = Mode::Pin { _wiring: wiring },
             Err(error) => tracing::warn!(%error, "a device cannot interrupt by its pin"),
         }
     }
 
-    fn wire(&self, line: &dyn Line) -> io::Result<Box<dyn LevelTrigger>> {
+    fn wire(&self, line: &dyn Line) -> io::Result<Wiring> {
         let trigger = line.trigger()?;
         self.hardware.signal(Interrupt::Intx, 0, &[Some(trigger.eventfd())])?;
-        self.hardware.unmask_by(trigger.ended()).inspect_err(|_| {
-            // The first error is the one to tell.
-            drop(self.hardware.disable(Interrupt::Intx));
-        })?;
-        Ok(trigger)
+        let unmasking = match self.hardware.unmask_by(trigger.ended()) {
+            Ok(()) => None,
+            Err(_) => Some(self.unmask_after(trigger.ended()).inspect_err(|_| {
+                // The first error is the one to tell.
+                drop(self.hardware.disable(Interrupt::Intx));
+            })?),
+        };
+        Ok(Wiring { _unmasking: unmasking, _trigger: trigger })
+    }
+
+    fn unmask_after(&self, ended: &EventFd) -> io::Result<Listener> {
+        let hardware = self.hardware.clone();
+        Listener::begin(vec![((), ended.try_clone()?)], move |()| {
+            if let Err(error) = hardware.unmask() {
+                tracing::debug!(%error, "cannot unmask the pin of a device");
+            }
+        })
     }
 
     /// Lets the device interrupt by messages of `kind`, of which it has `count`; none is used yet,

@@ -11,6 +11,7 @@ mod function;
 mod hardware;
 mod host;
 mod interrupts;
+mod listener;
 mod patch;
 mod regions;
 #[cfg(test)]

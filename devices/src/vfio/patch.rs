@@ -119,7 +119,8 @@ pub(super) struct Patched {
     pub(super) resets: Vec<(u16, u8)>,
 }
 
-/// Looks at all of the device's configuration space and makes the guest's view of it.
+/// Looks at all of the device's configuration space and makes the guest's view of it. What is not in
+/// `original` the device does not have, be it less than there should be, as of mediated devices.
 ///
 /// # Errors
 /// Says what no guest could use.
@@ -150,6 +151,7 @@ pub(super) fn patch(hardware: &dyn Hardware, original: &[u8]) -> Result<Patched,
     };
     space.capabilities(hardware, &mut patched)?;
     space.extended();
+    space.through[original.len().min(EXTENDED)..].fill(false);
     (patched.registers, patched.through) = (space.registers, space.through);
     Ok(patched)
 }
@@ -335,7 +337,7 @@ impl Space {
 /// Reads all of the device's configuration space.
 pub(super) fn read_all(hardware: &dyn Hardware) -> std::io::Result<Vec<u8>> {
     let size = usize::try_from(hardware.region(CONFIG).size).unwrap_or(EXTENDED).min(EXTENDED);
-    let mut bytes = vec![0; size.max(CONVENTIONAL)];
+    let mut bytes = vec![0; size];
     for (offset, chunk) in (0..).step_by(4).zip(bytes.chunks_mut(4)) {
         hardware.read(CONFIG, offset, chunk)?;
     }

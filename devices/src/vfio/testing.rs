@@ -37,7 +37,8 @@ pub(super) enum Deed {
     /// Interrupts from the second on, and which of them have an eventfd.
     Signals(Interrupt, u32, Vec<bool>),
     Disabled(Interrupt),
-    Unmasks,
+    UnmasksItself,
+    Unmasked,
     Reset,
 }
 
@@ -47,6 +48,7 @@ pub(super) struct Fake {
     pub(super) deeds: Mutex<Vec<Deed>>,
     pub(super) pin: bool,
     pub(super) can_reset: bool,
+    unmasks_itself: bool,
     /// By kind and interrupt.
     eventfds: Mutex<BTreeMap<(Interrupt, u32), EventFd>>,
 }
@@ -58,6 +60,16 @@ impl Fake {
         Arc::new(Self::with(config, pin, true))
     }
 
+    /// One like a mediated device: it does not unmask its pin by itself, and even of the
+    /// conventional configuration space it lacks a byte.
+    pub(super) fn plain() -> Arc<Self> {
+        let mut config = image();
+        config[0x3d] = 1;
+        config[0xfe] = 0x77;
+        config.truncate(0xff);
+        Arc::new(Self { unmasks_itself: false, ..Self::with(config, true, true) })
+    }
+
     /// One that cannot be reset.
     pub(super) fn stubborn() -> Arc<Self> {
         Arc::new(Self::with(image(), false, false))
@@ -65,7 +77,8 @@ impl Fake {
 
     fn with(config: Vec<u8>, pin: bool, can_reset: bool) -> Self {
         let (deeds, eventfds) = (Mutex::default(), Mutex::default());
-        Self { config: Mutex::new(config), deeds, pin, can_reset, eventfds }
+        let (config, unmasks_itself) = (Mutex::new(config), true);
+        Self { config, deeds, pin, can_reset, unmasks_itself, eventfds }
     }
 
     pub(super) fn take(&self) -> Vec<Deed> {
@@ -117,7 +130,10 @@ fn image() -> Vec<u8> {
 impl Hardware for Fake {
     fn region(&self, region: u32) -> Region {
         match region {
-            CONFIG => Region { size: 4096, mappable: Vec::new() },
+            CONFIG => {
+                let size = self.config.lock().unwrap().len().try_into().unwrap();
+                Region { size, mappable: Vec::new() }
+            }
             0 | 2 => Region { size: BAR_SIZE, mappable: std::iter::once(0..BAR_SIZE).collect() },
             _ => Region::default(),
         }
@@ -178,7 +194,15 @@ impl Hardware for Fake {
     }
 
     fn unmask_by(&self, _: &EventFd) -> io::Result<()> {
-        self.did(Deed::Unmasks);
+        if !self.unmasks_itself {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.did(Deed::UnmasksItself);
+        Ok(())
+    }
+
+    fn unmask(&self) -> io::Result<()> {
+        self.did(Deed::Unmasked);
         Ok(())
     }
 
@@ -203,6 +227,8 @@ pub(super) struct World {
     pub(super) failures: AtomicU32,
     pub(super) wishes: AtomicU32,
     pub(super) triggers: AtomicU32,
+    /// What the last trigger is told by that the guest ended an interrupt.
+    pub(super) ended: Mutex<Option<EventFd>>,
     this: Weak<Self>,
 }
 
@@ -303,6 +329,7 @@ impl Line for World {
     fn trigger(&self) -> io::Result<Box<dyn LevelTrigger>> {
         self.triggers.fetch_add(1, Ordering::SeqCst);
         let [eventfd, ended] = [EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?];
+        *self.ended.lock().unwrap() = Some(ended.try_clone()?);
         Ok(Box::new(WorldTrigger { world: self.this(), eventfd, ended }))
     }
 }

@@ -244,7 +244,7 @@ fn a_pin_is_used_while_there_are_no_messages() {
     assert_eq!(read(&function, 0x3d), [1], "a lone function has INTA");
     fake.take();
     function.wire(world.clone());
-    let on = [Deed::Signals(Interrupt::Intx, 0, vec![true]), Deed::Unmasks];
+    let on = [Deed::Signals(Interrupt::Intx, 0, vec![true]), Deed::UnmasksItself];
     assert_eq!(fake.take(), on);
     put(&function, COMMAND, command::INTX_DISABLE);
     assert_ne!(fake.command() & command::INTX_DISABLE, 0, "VFIO masks it");
@@ -255,6 +255,40 @@ fn a_pin_is_used_while_there_are_no_messages() {
     put(&function, MSIX_CONTROL, 0);
     assert_eq!(fake.take(), on);
     drop(function);
+    assert!(world.is_empty());
+}
+
+#[test]
+fn what_a_device_lacks_of_its_configuration_space_is_zero() {
+    let (fake, world) = (Fake::plain(), World::new());
+    let function = world.function(&fake);
+    assert_eq!(read(&function, 0xfc), [0, 0, 0x77, 0]);
+    assert_eq!(read(&function, 0x100), [0; 4]);
+    fake.take();
+    write(&function, 0xfc, &[1, 2, 3, 4]);
+    assert_eq!(fake.take(), [Deed::WroteConfig(0xfc, vec![1, 2, 3])]);
+    write(&function, 0x100, &[0xff; 4]);
+    assert_eq!(fake.take(), []);
+}
+
+#[test]
+fn a_pin_that_is_not_unmasked_in_the_kernel_is_unmasked_by_us() {
+    let (fake, world) = (Fake::plain(), World::new());
+    let function = world.function(&fake);
+    fake.take();
+    function.wire(world.clone());
+    assert_eq!(fake.take(), [Deed::Signals(Interrupt::Intx, 0, vec![true])]);
+    for _ in 0..3 {
+        world.ended.lock().unwrap().as_ref().unwrap().write(1).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while fake.deeds.lock().unwrap().is_empty() {
+            assert!(Instant::now() < deadline, "it stays masked");
+            std::thread::yield_now();
+        }
+        assert_eq!(fake.take(), [Deed::Unmasked]);
+    }
+    drop(function);
+    assert_eq!(fake.take()[0], Deed::Disabled(Interrupt::Intx));
     assert!(world.is_empty());
 }
 

@@ -24,7 +24,8 @@ use crate::error::{Context, Error, Result, reading};
 /// The name of the virtio port between the lab and the agent.
 pub const PORT: &str = "uvmm.lab";
 /// Variables that the first program of the lab host exports.
-const ENVIRONMENT: [&str; 7] = ["PF0", "PF1", "VF0", "VF1", "VF2", "VF3", "PEER_IP"];
+const ENVIRONMENT: [&str; 9] =
+    ["PF0", "PF1", "VF0", "VF1", "VF2", "VF3", "NIC0", "NIC1", "PEER_IP"];
 /// The most that is read from a command after its end: as much as a pipe can hold.
 const LAST_WORDS: usize = 1 << 20;
 

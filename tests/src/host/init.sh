@@ -13,6 +13,13 @@ mount -t tmpfs shm /dev/shm
 
 fail() { echo "failed: $1" >&3; sleep 60; poweroff -f; }
 
+# Gives VFIO the PCI function $1.
+give_to_vfio() {
+    echo vfio-pci > "/sys/bus/pci/devices/$1/driver_override"
+    echo "$1" > /sys/bus/pci/drivers_probe
+    [ -e "/sys/bus/pci/drivers/vfio-pci/$1" ] || fail "$1 is not VFIO's"
+}
+
 while read -r module; do
     # The module of the other vendor's virtualisation finds nothing to do.
     insmod "$module" || echo "lab: $module was not loaded"
@@ -57,11 +64,17 @@ for nic in $nics; do
         /full-ip link set "$netdev" vf $number mac $address || fail "$netdev takes no address"
         function=$(readlink "$nic/virtfn$number")
         function=${function##*/}
-        echo vfio-pci > "/sys/bus/pci/devices/$function/driver_override"
-        echo "$function" > /sys/bus/pci/drivers_probe
-        [ -e "/sys/bus/pci/drivers/vfio-pci/$function" ] || fail "$function is not VFIO's"
+        give_to_vfio "$function"
         export "VF$((index + 2 * number))=$function"
     done
+    index=$((index + 1))
+done
+# Two more NICs share an IOMMU group. They have no virtual functions, and interrupt by INTx alone.
+index=0
+for nic in $(grep -l 0x100e /sys/bus/pci/devices/*/device); do
+    nic=${nic%/device}
+    give_to_vfio "${nic##*/}"
+    export "NIC$index=${nic##*/}"
     index=$((index + 1))
 done
 

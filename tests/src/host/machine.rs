@@ -167,5 +167,22 @@ pub(super) fn arguments() -> Vec<String> {
         let nic = format!("igb,bus=rp{index},netdev=n{index},mac=52:54:00:07:00:0{index},romfile=");
         arguments.extend(["-device".into(), port, "-device".into(), nic]);
     }
+    arguments.extend(old_nics());
+    arguments
+}
+
+/// Two conventional NICs behind one bridge, on the same switch: they have no interrupts but INTx,
+/// and an IOMMU group in common, as the bridge hides which of them does DMA.
+fn old_nics() -> Vec<String> {
+    let mut devices = vec!["pcie-root-port,id=rp2,slot=3".to_owned()];
+    devices.push("pcie-pci-bridge,id=conventional,bus=rp2".into());
+    let mut arguments = Vec::new();
+    for number in 2..4 {
+        arguments.extend(["-netdev".into(), format!("hubport,id=n{number},hubid=0")]);
+        let (place, address) = ("bus=conventional", format!("52:54:00:07:00:0{number}"));
+        devices
+            .push(format!("e1000,{place},addr={number},netdev=n{number},mac={address},romfile="));
+    }
+    arguments.extend(devices.into_iter().flat_map(|device| ["-device".into(), device]));
     arguments
 }

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use report::{Device, Report};
+use serde_json::Value;
 pub use serial::Serial;
 use tempfile::TempDir;
 
@@ -198,6 +199,26 @@ impl Uvmm {
         let mut command = self.command(arguments.iter().copied());
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         report::finish(child.context(|| "cannot run uvmm".into())?, SHORT)
+    }
+
+    /// What `uvmm info --json` says of the VM called `name`.
+    ///
+    /// # Errors
+    /// If it says nothing, or no JSON.
+    pub fn info(&self, name: &str) -> Result<Value> {
+        let (_, said, errors) = self.call(&["info", "--vm", name, "--json"])?;
+        let not_json = |error| Error::Guest(format!("no JSON in {said:?} ({error}): {errors}"));
+        serde_json::from_str(&said).map_err(not_json)
+    }
+
+    /// How many accesses to memory uvmm had to answer for the guest called `name` so far.
+    ///
+    /// # Errors
+    /// If there is no such VM.
+    pub fn mmio_exits(&self, name: &str) -> Result<u64> {
+        let info = self.info(name)?;
+        let count = info["counters"]["exits-mmio"].as_u64();
+        count.ok_or_else(|| Error::Guest(format!("no count of exits in {info}")))
     }
 
     /// Waits until the VM called `name` answers.

@@ -3,7 +3,7 @@
 use std::fs::OpenOptions;
 use std::io;
 
-use devices::vfio::{self, HostDevice as Found};
+use devices::vfio::{self, HostDevice as Found, Neighbour};
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::{CapabilitySet, capabilities};
 
@@ -68,7 +68,8 @@ fn neighbours(found: &Found) -> Option<Check> {
     Some(if others.is_empty() {
         Check::ok("group members", "none is in the way")
     } else {
-        let remedy = "give all of them to VFIO or leave them without a driver";
+        let remedies: Vec<_> = found.in_the_way.iter().map(Neighbour::how_to_free).collect();
+        let remedy = format!("as root, {}; or give them to VFIO as well", remedies.join("; "));
         no("group members", others.join(", "), remedy)
     })
 }
@@ -151,8 +152,10 @@ mod tests {
         assert_eq!(iommu(&found).verdict, Verdict::Fatal);
         assert!(driver(&found).remedy.contains("drivers_probe"));
         assert_eq!(neighbours(&found), None);
-        let shared = vfio::Neighbour { name: "0000:01:10.1".into(), driver: "igbvf".into() };
+        let shared = Neighbour { name: "0000:01:10.1".into(), driver: "igbvf".into() };
         let found = Found { group: Some(3), in_the_way: vec![shared], ..found };
-        assert_eq!(neighbours(&found).unwrap().found, "0000:01:10.1 (igbvf)");
+        let neighbours = neighbours(&found).unwrap();
+        assert_eq!(neighbours.found, "0000:01:10.1 (igbvf)");
+        assert!(neighbours.remedy.contains("/sys/bus/pci/devices/0000:01:10.1/driver/unbind"));
     }
 }
