@@ -12,4 +12,5 @@ mod restarts;
 mod shared;
 mod snapshots;
 mod streams;
+mod versions;
 mod visitors;
