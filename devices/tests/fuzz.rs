@@ -101,6 +101,7 @@ fn what_is_valid_goes_all_the_way() {
     let [(_, _, said), ..] = TARGETS;
     let refused: Vec<_> = said().iter().map(|said| targets::refused(said, LULL)).collect();
     assert!(refused[2].contains("unexpected COMMIT"), "another token: {}", refused[2]);
+    assert_eq!(refused[3], refused[4], "packed memory is as good as any");
     let [_, (_, _, said), ..] = TARGETS;
     let gave: Vec<_> = said().iter().map(|said| targets::give_to(said)).collect();
     assert_eq!(gave, [false, false, true, false]);

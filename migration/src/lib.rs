@@ -66,7 +66,9 @@
 //! HELLO is frozen: a magic number, and the oldest and the newest version that its sender speaks.
 //! Both sides go by the newest version that both speak; if there is none they say so, each with
 //! both ranges, and nothing has happened. So a build speaks to the one before it and the one after
-//! it as long as it keeps the older version in its range:
+//! it as long as it keeps the older version in its range, and uses what is new only where both
+//! know it. Version 2 is version 1 with memory that may come packed ([`wire::Compression`]): to a
+//! peer of version 1 memory goes as it is. The rules:
 //! - whatever changes a frame or a message is a new version ([`wire::VERSIONS`]);
 //! - messages are numbered by their place in [`wire::Message`]: new ones go to the end;
 //! - the state of each device has a version of its own ([`state::Saved`]), and says which older
@@ -98,7 +100,8 @@
 //! peer sends is not trusted: lengths are checked before they are believed, addresses before they
 //! are used, texts before they are printed. Messages carry a checksum, since one wrong bit could
 //! turn one answer into the other; the headers of memory and all state are summed up in END, and
-//! the content of memory too if that is wished.
+//! each frame of memory carries a sum of its content if that is wished. What is packed unpacks to
+//! the size that its header tells, or not at all.
 //!
 //! What is on the wire: [`wire`]. How state becomes bytes: [`state`]. Which pages to send:
 //! [`ram`]. What two machines must have in common: [`compat`]. Who does what when, and how it is

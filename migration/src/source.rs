@@ -1,11 +1,11 @@
 //! The straight line out.
 
 mod custody;
+mod passes;
 mod sharing;
 
 use std::io;
 use std::mem;
-use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,13 +18,12 @@ use crate::guest::Departing;
 use crate::handover::{Giving, Token, Verdict};
 use crate::patience::{Cancel, Patience, TICK};
 use crate::plan::{Entered, Phase, StepFailure};
-use crate::policy::{Decision, NoConvergence, Outcome, Policy, Seen};
+use crate::policy::{NoConvergence, Policy};
 use crate::progress::{Progress, Stage, Watch};
-use crate::ram::send::Pass;
-use crate::ram::{self, PAGE, PageBitmap};
+use crate::ram::{self, PageBitmap};
 use crate::report::{Report, Status, milliseconds};
 use crate::state::StateWriter;
-use crate::wire::{Channel, Lanes, MOST_STREAMS, Message, Pace, Stream};
+use crate::wire::{Channel, Compression, Lanes, MOST_STREAMS, Message, Stream};
 
 /// How often a peer that has nothing to do is told that this side is alive.
 const ALIVE: Duration = Duration::from_secs(1);
@@ -43,8 +42,10 @@ pub struct Options {
     pub streams: u8,
     /// Send a checksum with all memory. Costs a copy and a CRC-32 of each page on both sides.
     pub checked: bool,
+    /// What memory is packed with, if the destination can unpack it.
+    pub compression: Compression,
     /// Pass the memory itself, over a Unix socket, instead of sending what is in it. Then there is
-    /// one connection, and neither `bandwidth_limit` nor `checked` means anything.
+    /// one connection, and nothing that is about memory on the wire means anything.
     pub shared: bool,
     /// How long to wait for the destination.
     pub patience: Patience,
@@ -63,6 +64,7 @@ impl Default for Options {
             bandwidth_limit: None,
             streams: 1,
             checked: false,
+            compression: Compression::None,
             shared: false,
             patience: Patience::default(),
         }
@@ -194,21 +196,14 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
             self.lanes.join(lane, token, patience.greeting)?;
         }
         self.lanes.bind(peer, &self.watch.cancel);
+        let compression = self.options.compression;
+        self.lanes.iter_mut().chain([peer]).for_each(|lane| lane.pack_with(compression));
         self.report.streams = self.streams();
         Ok(())
     }
 
     fn streams(&self) -> u8 {
         if self.options.shared { 1 } else { self.options.streams.clamp(1, MOST_STREAMS) }
-    }
-
-    /// All memory, then again what was written meanwhile, until little is left: gives that.
-    fn precopy(&mut self, peer: &mut Channel<S>) -> Result<PageBitmap, Error> {
-        peer.now("while it was sent memory");
-        self.custody.guest().dirty().start()?;
-        self.enter(peer, Phase::Precopy)?;
-        let all = PageBitmap::full(self.custody.guest().ram());
-        self.until_little_is_left(peer, all)
     }
 
     /// The guest lets go of devices, one step after the other; runs on, and writes on.
@@ -229,68 +224,6 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
                 }
             }
         }
-    }
-
-    /// Sends `pages`, and again what was written meanwhile, until little is left: gives that.
-    fn until_little_is_left(
-        &mut self,
-        peer: &mut Channel<S>,
-        mut pages: PageBitmap,
-    ) -> Result<PageBitmap, Error> {
-        let pace = Mutex::new(Pace::new(self.options.bandwidth_limit));
-        let mut seen = Vec::new();
-        loop {
-            let (start, sent) = (Instant::now(), pages.count() * PAGE);
-            self.pass(peer, &pages, &pace, Stage::Copying)?;
-            self.lanes.tell(|_| Message::RoundEnd)?;
-            peer.send(&Message::RoundEnd)?;
-            match peer.receive_message(self.options.patience.silence)? {
-                Message::RoundTaken => {}
-                other => return Err(peer.unexpected(&other).into()),
-            }
-            pages.clear();
-            let guest = self.custody.guest();
-            guest.dirty().collect(&mut pages)?;
-            let state = guest.state_size();
-            let (left, throttled) = (pages.count() * PAGE, self.progress.throttled_percent);
-            seen.push(Seen { pages: sent, left, took: start.elapsed(), throttled });
-            if self.is_enough(&seen, self.lanes.carried(peer).rate, state)? {
-                return Ok(pages);
-            }
-        }
-    }
-
-    /// Does what the policy says after the passes that were `seen`: whether they were the last.
-    fn is_enough(&mut self, seen: &[Seen], rate: Option<f64>, state: u64) -> Result<bool, Error> {
-        let policy = &self.options.policy;
-        let decision = policy.decide(seen, rate, state);
-        tracing::debug!(seen = ?seen.last(), rate, state, ?decision, "pass done");
-        self.report.outcome = match decision {
-            Decision::Continue => None,
-            Decision::Throttle(percent) => {
-                self.throttle(percent);
-                None
-            }
-            Decision::SwitchOver { converged: false } => Some(Outcome::Forced),
-            Decision::SwitchOver { .. } if self.progress.throttled_percent > 0 => {
-                Some(Outcome::Throttled)
-            }
-            Decision::SwitchOver { .. } => Some(Outcome::Converged),
-            Decision::GiveUp => {
-                self.report.outcome = Some(Outcome::GaveUp);
-                let dirtied = seen.last().map_or(0.0, Seen::dirtied);
-                let stop = policy.stop_for(seen, rate, state);
-                return Err(Error::NoConvergence { dirtied, stop, limit: policy.downtime_limit });
-            }
-        };
-        Ok(self.report.outcome.is_some())
-    }
-
-    /// Keeps the vCPUs from running for `percent` of the time.
-    fn throttle(&mut self, percent: u8) {
-        self.custody.guest().throttle(percent);
-        self.progress.throttled_percent = percent;
-        self.report.throttled_percent = self.report.throttled_percent.max(percent);
     }
 
     /// From running to perfectly still.
@@ -334,16 +267,6 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
             (Err(_), Some(lost)) => Err(lost.into()),
             (entered, _) => Ok(entered?),
         }
-    }
-
-    /// What was left, and what was written since.
-    fn rest_of_memory(&mut self, peer: &mut Channel<S>, left: PageBitmap) -> Result<(), Error> {
-        let mut pages = left;
-        self.custody.guest().dirty().collect(&mut pages)?;
-        tracing::debug!(pages = pages.count(), "the last");
-        self.pass(peer, &pages, &Mutex::new(Pace::new(None)), Stage::Stopped)?;
-        tracing::debug!("sent");
-        Ok(self.lanes.tell(Message::End)?)
     }
 
     fn state(&mut self, peer: &mut Channel<S>) -> Result<(), Error> {
@@ -477,38 +400,6 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         self.report.total_ms = milliseconds(self.start.elapsed());
         let stopped = self.custody.guest().plan().stopped();
         self.report.downtime_ms = stopped.map_or(0, |since| milliseconds(since.elapsed()));
-    }
-
-    /// One pass over memory.
-    fn pass(
-        &mut self,
-        peer: &mut Channel<S>,
-        pages: &PageBitmap,
-        pace: &Mutex<Pace>,
-        stage: Stage,
-    ) -> Result<(), Error> {
-        let Self { custody, lanes, watch, progress, options, .. } = self;
-        let Watch { progress: watcher, cancel, .. } = watch;
-        let before = lanes.carried(peer).bytes;
-        *progress = Progress {
-            stage,
-            round: progress.round + 1,
-            round_bytes: pages.count() * PAGE,
-            round_done: 0,
-            bytes_sent: before,
-            ..progress.clone()
-        };
-        watcher(progress);
-        let ram = &custody.guest().ram().clone();
-        let (untouched, checked) = (progress.round == 1, options.checked);
-        let pass = Pass { ram, pages, untouched, checked, pace, cancel };
-        let sent = ram::send::send(peer, lanes, &pass, custody.guest().dirty(), |sent| {
-            progress.round_done = sent.pages;
-            progress.bytes_sent = before + sent.content;
-            watcher(progress);
-        });
-        self.account(peer);
-        sent
     }
 
     fn account(&mut self, peer: &Channel<S>) {

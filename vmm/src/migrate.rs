@@ -209,8 +209,13 @@ fn options(request: &MigrateRequest) -> Options {
         bandwidth_limit: request.bandwidth_limit,
         streams: request.streams.unwrap_or_else(usual_streams),
         shared: request.shared_memory,
+        checked: request.checksums,
+        compression: request.compress,
         ..Options::default()
     };
+    if let Some(limit) = request.undecided_after_ms {
+        options.patience.asking = Duration::from_millis(limit).min(options.patience.answering);
+    }
     options.policy.downtime_limit = Duration::from_millis(request.downtime_limit_ms);
     options.policy.on_no_convergence = request.on_no_convergence;
     options

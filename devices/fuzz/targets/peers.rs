@@ -9,7 +9,7 @@ use migration::patience::{Cancel, Patience};
 use migration::progress::Watch;
 use migration::record::NoRecord;
 use migration::report::Status;
-use migration::wire::{Channel, Frame, Hello, Listener, Message, Stream, Totals};
+use migration::wire::{Channel, Codec, Frame, Hello, Listener, Message, Stream, Totals};
 use migration::{Options, receive, send};
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{GuestAddress, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
@@ -223,18 +223,35 @@ pub(super) fn from_a_source() -> Vec<Vec<u8>> {
     whole.extend(&said(&[end, Message::Commit(token())])[16..]);
     let mut memory = said(&[offer(false)]);
     let page = migration::ram::Run { len: 4096, ..run };
-    memory.extend(header(Frame::Ram { run: page, checked: true }));
+    memory.extend(header(Frame::Ram { run: page, checked: true, packed: None }));
     memory.extend([7; 4096]);
     memory.extend(crc32fast::hash(&[7; 4096]).to_le_bytes());
     memory.extend(&said(&[Message::RoundEnd])[16..]);
-    vec![said(&[offer(true)]), said(&[Message::Query(token())]), whole, memory]
+    let mut packed = said(&[offer(false)]);
+    packed.extend(header(Frame::Ram { run: page, checked: true, packed: Some(Codec::Lz4) }));
+    packed.extend(26_u32.to_le_bytes());
+    packed.extend(sevens());
+    packed.extend(crc32fast::hash(&[7; 4096]).to_le_bytes());
+    packed.extend(&said(&[Message::RoundEnd])[16..]);
+    vec![said(&[offer(true)]), said(&[Message::Query(token())]), whole, memory, packed]
+}
+
+/// A page of sevens as a block of LZ4: one, 4090 times the byte before, and five more.
+fn sevens() -> [u8; 26] {
+    let mut block = [0xff; 26];
+    block[..4].copy_from_slice(&[0x1f, 7, 1, 0]);
+    block[19..].copy_from_slice(&[246, 0x50, 7, 7, 7, 7, 7]);
+    block
 }
 
 /// As the module of frames documents it.
 fn header(frame: Frame) -> [u8; 16] {
     let (kind, flags, len, gpa) = match frame {
         Frame::Message { len } => (1u16, 0u16, len as u64, 0),
-        Frame::Ram { run, checked } => (2, u16::from(checked), run.len, run.start.0),
+        Frame::Ram { run, checked, packed } => {
+            let packed = packed.map_or(0, |codec| if codec == Codec::Lz4 { 2 } else { 4 });
+            (2, packed | u16::from(checked), run.len, run.start.0)
+        }
         Frame::Zero { run } => (3, 0, run.len / 4096, run.start.0),
         Frame::State { len } => (4, 0, len as u64, 0),
     };

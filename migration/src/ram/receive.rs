@@ -172,9 +172,9 @@ impl<'a> Passes<'a> {
         by_file: bool,
     ) -> Result<(), PeerError> {
         let run = match *memory {
-            Received::Ram { run, checked } => {
+            Received::Ram { run, checked, packed } => {
                 let file = if by_file { backing(self.ram, run.start) } else { None };
-                peer.read_ram(&slice(peer, self.ram, run)?, file, checked)?;
+                peer.read_ram(&slice(peer, self.ram, run)?, file, checked, packed)?;
                 run
             }
             Received::Zero(run) => {

@@ -33,6 +33,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) untouched: bool,
     /// Whether checksums go with them.
     pub(crate) checked: bool,
+    /// The most to send as one frame.
+    pub(crate) most: u64,
     pub(crate) pace: &'a Mutex<Pace>,
     pub(crate) cancel: &'a Cancel,
 }
@@ -42,7 +44,7 @@ pub(crate) struct Pass<'a> {
 pub(crate) struct Sent {
     /// Bytes in the guest.
     pub(crate) pages: u64,
-    /// How many of them were sent with their content.
+    /// Bytes on the wire for the content of those that have one.
     pub(crate) content: u64,
 }
 
@@ -70,7 +72,7 @@ pub(crate) fn send<S: Stream>(
     let streams = 1 + lanes.iter_mut().len() as u64;
     let most = lock(pass.pace)
         .fair_share(streams)
-        .map_or(FRAME_LIMIT, |share| (share / PAGE * PAGE).clamp(PAGE, FRAME_LIMIT));
+        .map_or(pass.most, |share| (share / PAGE * PAGE).clamp(PAGE, pass.most));
     let shared = Shared {
         pass,
         queue: Mutex::new(pieces(pass, most, forget)),
@@ -146,9 +148,9 @@ impl<I: Iterator<Item = (Run, bool)>> Shared<'_, I> {
                 peer.send_zero(run)?;
             } else {
                 let content = memory.subslice(first, past - first).expect("within the piece");
-                peer.send_ram(run, &content, checked)?;
-                self.content.fetch_add(run.len, Ordering::Relaxed);
-                lock(pace).spend(run.len, cancel);
+                let bytes = peer.send_ram(run, &content, checked)?;
+                self.content.fetch_add(bytes, Ordering::Relaxed);
+                lock(pace).spend(bytes, cancel);
             }
             self.pages.fetch_add(run.len, Ordering::Relaxed);
         }
@@ -260,7 +262,15 @@ mod tests {
         pages: &'a PageBitmap,
         free: &'a (Mutex<Pace>, Cancel),
     ) -> Pass<'a> {
-        Pass { ram, pages, untouched: true, checked: false, pace: &free.0, cancel: &free.1 }
+        Pass {
+            ram,
+            pages,
+            untouched: true,
+            checked: false,
+            most: FRAME_LIMIT,
+            pace: &free.0,
+            cancel: &free.1,
+        }
     }
 
     fn free() -> (Mutex<Pace>, Cancel) {

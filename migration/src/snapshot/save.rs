@@ -15,7 +15,7 @@ use crate::ram::send::Pass;
 use crate::ram::{self, PAGE, PageBitmap};
 use crate::report::{Report, Status, milliseconds};
 use crate::state::StateWriter;
-use crate::wire::{Channel, Lanes, Message, Pace, PeerError, Stream};
+use crate::wire::{Channel, FRAME_LIMIT, Lanes, Message, Pace, PeerError, Stream};
 
 /// What becomes of a guest once its snapshot is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,7 +131,15 @@ fn memory<G: Departing, S: Stream>(
         Progress { stage: Stage::Stopped, round: 1, round_bytes, ..Progress::default() };
     watcher(&progress);
     let pace = Mutex::new(Pace::new(None));
-    let pass = Pass { ram, pages: &pages, untouched: true, checked: true, pace: &pace, cancel };
+    let pass = Pass {
+        ram,
+        pages: &pages,
+        untouched: true,
+        checked: true,
+        most: FRAME_LIMIT,
+        pace: &pace,
+        cancel,
+    };
     let sent = ram::send::send(file, &mut Lanes::new(), &pass, guest.dirty(), |sent| {
         (progress.round_done, progress.bytes_sent) = (sent.pages, sent.content);
         watcher(&progress);

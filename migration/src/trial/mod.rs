@@ -12,5 +12,6 @@ mod restarts;
 mod shared;
 mod snapshots;
 mod streams;
+mod versions;
 mod visitors;
 mod wishes;

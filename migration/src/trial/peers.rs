@@ -73,7 +73,7 @@ fn a_peer_of_another_version_is_told_apart() {
         stream.write_all(&Hello { versions: (7, 9) }.encode()).unwrap();
         linger(stream);
     });
-    assert!(error.contains("in versions 7 to 9, this uvmm in 1 to 1: use the same"), "{error}");
+    assert!(error.contains("in versions 7 to 9, this uvmm in 1 to 2: use the same"), "{error}");
 }
 
 #[test]
@@ -144,10 +144,10 @@ fn ready_for_another_migration_is_not_ready() {
         let memory = ram(LOW_PAGES);
         loop {
             match peer.receive(Duration::from_secs(1)).unwrap() {
-                Received::Ram { run, checked } => {
+                Received::Ram { run, checked, packed } => {
                     let size = usize::try_from(run.len).unwrap();
                     let slice = memory.get_slice(run.start, size).unwrap();
-                    peer.read_ram(&slice, None, checked).unwrap();
+                    peer.read_ram(&slice, None, checked, packed).unwrap();
                 }
                 Received::Message(Message::RoundEnd) => {
                     peer.send(&Message::RoundTaken).unwrap();

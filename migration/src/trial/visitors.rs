@@ -166,7 +166,7 @@ fn a_wrong_checksum_of_memory_is_noticed() {
     let (error, _) = visited(vec![Box::new(|stream| {
         let mut raw = stream.try_clone().unwrap();
         let (mut peer, _) = source(stream);
-        let frame = Frame::Ram { run: run(0, 1), checked: true };
+        let frame = Frame::Ram { run: run(0, 1), checked: true, packed: None };
         raw.write_all(&frame.encode()).unwrap();
         raw.write_all(&[5; 4096]).unwrap();
         raw.write_all(&(crc32fast::hash(&[5; 4096]) ^ 1).to_le_bytes()).unwrap();

@@ -1,15 +1,17 @@
 //! Greeting, frames and messages over a connection.
 
+mod content;
+
 use std::fs::File;
 use std::time::{Duration, Instant};
 
-use vm_memory::VolatileSlice;
-use vm_memory::bitmap::BitmapSlice;
+use content::PART;
 
 use super::frame::HEADER;
-use super::hello::{self, could_be};
-use super::link::{Link, SMALL};
-use super::{Frame, Hello, MESSAGE_LIMIT, Message, PeerError, Stream, Totals, VERSIONS};
+use super::hello::{self, PACKED_SINCE, could_be};
+use super::link::Link;
+use super::pack::Packer;
+use super::{Codec, Frame, Hello, MESSAGE_LIMIT, Message, PeerError, Stream, Totals, VERSIONS};
 use crate::patience::Cancel;
 use crate::ram::Run;
 use crate::state::decode_exact;
@@ -20,15 +22,23 @@ const WORDS: usize = 400;
 /// A connection to a peer.
 pub struct Channel<S> {
     link: Link<S>,
-    /// Holds memory still where its checksum is wanted.
-    scratch: Vec<u8>,
+    /// Holds a part of memory still.
+    scratch: Box<[u8]>,
     totals: Totals,
+    /// What both sides speak, once they have greeted.
+    version: u16,
+    /// What memory is packed with, if it is.
+    codec: Option<Codec>,
+    packer: Packer,
+    /// How many bytes packing has saved, and how long it took.
+    saved: u64,
+    packing: Duration,
 }
 
 /// What [`Channel::receive`] gives.
 pub(crate) enum Received {
     Message(Message),
-    Ram { run: Run, checked: bool },
+    Ram { run: Run, checked: bool, packed: Option<Codec> },
     Zero(Run),
     State(Vec<u8>),
 }
@@ -37,7 +47,16 @@ impl<S: Stream> Channel<S> {
     /// A channel over `stream` that gives up after `silence` without a byte, or when cancelled.
     pub fn new(stream: S, silence: Duration, cancel: Cancel) -> Result<Self, PeerError> {
         let link = Link::new(stream, silence, cancel)?;
-        Ok(Self { link, scratch: Vec::new(), totals: Totals::default() })
+        Ok(Self {
+            link,
+            scratch: vec![0; PART].into(),
+            totals: Totals::default(),
+            version: VERSIONS.0,
+            codec: None,
+            packer: Packer::default(),
+            saved: 0,
+            packing: Duration::ZERO,
+        })
     }
 
     /// Says what is going on from here, for errors: `while sending memory`.
@@ -72,11 +91,13 @@ impl<S: Stream> Channel<S> {
         self.link.sent + self.link.received
     }
 
-    /// Bytes per second that it carried while it was used; none if too few to tell.
+    /// Bytes per second that it carried while it was used, of memory as it was before it was packed;
+    /// none if too few to tell.
     #[must_use]
     pub fn rate(&self) -> Option<f64> {
         const TELLING: u64 = 1 << 20;
-        let (bytes, busy) = (self.bytes(), self.link.busy.as_secs_f64());
+        let busy = (self.link.busy + self.packing).as_secs_f64();
+        let bytes = self.bytes() + self.saved;
         (bytes >= TELLING && busy > 0.0).then(|| bytes as f64 / busy)
     }
 
@@ -121,7 +142,10 @@ impl<S: Stream> Channel<S> {
             return Err(PeerError::NotUvmm { peer: self.link.peer.clone(), first });
         };
         match Hello::OURS.common(theirs) {
-            Some(_) => Ok(()),
+            Some(version) => {
+                self.version = version;
+                Ok(())
+            }
             None => Err(PeerError::Version {
                 peer: self.link.peer.clone(),
                 theirs: theirs.versions,
@@ -172,30 +196,6 @@ impl<S: Stream> Channel<S> {
         }
     }
 
-    /// Sends the pages of `run`, which `slice` holds; with a checksum if `checked`.
-    pub(crate) fn send_ram<B: BitmapSlice>(
-        &mut self,
-        run: Run,
-        slice: &VolatileSlice<'_, B>,
-        checked: bool,
-    ) -> Result<(), PeerError> {
-        let header = Frame::Ram { run, checked }.encode();
-        self.totals.ram(run, header);
-        self.link.gather(&header);
-        if !checked && slice.len() > SMALL {
-            self.link.flush_before_more()?;
-            return self.link.write_memory(slice);
-        }
-        // The guest may be writing: what is summed up must be what is sent.
-        self.scratch.resize(slice.len(), 0);
-        slice.copy_to(&mut self.scratch[..]);
-        self.link.gather(&self.scratch);
-        if checked {
-            self.link.gather(&crc32fast::hash(&self.scratch).to_le_bytes());
-        }
-        self.link.flush_much()
-    }
-
     /// Tells that the pages of `run` are zero.
     pub(crate) fn send_zero(&mut self, run: Run) -> Result<(), PeerError> {
         let header = Frame::Zero { run }.encode();
@@ -233,9 +233,12 @@ impl<S: Stream> Channel<S> {
         let mut header = [0; HEADER];
         self.link.read_exact(&mut header, Some(until))?;
         match Frame::decode(header).map_err(|what| self.garbage(what))? {
-            Frame::Ram { run, checked } => {
+            Frame::Ram { packed: Some(_), .. } if self.version < PACKED_SINCE => {
+                Err(self.garbage("packed memory, which was not agreed on".into()))
+            }
+            Frame::Ram { run, checked, packed } => {
                 self.totals.ram(run, header);
-                Ok(Received::Ram { run, checked })
+                Ok(Received::Ram { run, checked, packed })
             }
             Frame::Zero { run } => {
                 self.totals.zero(run, header);
@@ -286,26 +289,6 @@ impl<S: Stream> Channel<S> {
         self.send(&Message::Pass)?;
         let file = self.link.take_file(Instant::now() + limit)?;
         file.ok_or_else(|| self.garbage("no memory, or more than one file".into()))
-    }
-
-    /// Reads the content of pages into `slice`, which maps `backing` if that is a file.
-    pub(crate) fn read_ram<B: BitmapSlice>(
-        &mut self,
-        slice: &VolatileSlice<'_, B>,
-        backing: Option<(&File, u64)>,
-        checked: bool,
-    ) -> Result<(), PeerError> {
-        self.link.read_memory(slice, backing)?;
-        if checked {
-            let mut sum = [0; 4];
-            self.link.read_exact(&mut sum, None)?;
-            self.scratch.resize(slice.len(), 0);
-            slice.copy_to(&mut self.scratch[..]);
-            if crc32fast::hash(&self.scratch) != u32::from_le_bytes(sum) {
-                return Err(self.garbage("memory with a wrong checksum".into()));
-            }
-        }
-        Ok(())
     }
 
     /// An error for something that did not come for `after`.

@@ -6,6 +6,7 @@
 
 use vm_memory::GuestAddress;
 
+use super::pack::Codec;
 use crate::ram::{PAGE, Run};
 use crate::state::STATE_LIMIT;
 
@@ -21,6 +22,8 @@ const RAM: u16 = 2;
 const ZERO: u16 = 3;
 const STATE: u16 = 4;
 const CHECKED: u16 = 1;
+const LZ4: u16 = 2;
+const ZSTD: u16 = 4;
 
 /// A header that makes sense, which promises what follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +39,8 @@ pub enum Frame {
         run: Run,
         /// Whether a CRC-32 of the content follows it.
         checked: bool,
+        /// How it is packed, if it is.
+        packed: Option<Codec>,
     },
     /// Nothing follows: these pages are zero. On the wire `len` counts pages, not bytes.
     Zero {
@@ -53,8 +58,13 @@ impl Frame {
     pub(crate) fn encode(self) -> [u8; HEADER] {
         let (kind, flags, len, gpa) = match self {
             Self::Message { len } => (MESSAGE, 0, len as u64, 0),
-            Self::Ram { run, checked } => {
-                (RAM, if checked { CHECKED } else { 0 }, run.len, run.start.0)
+            Self::Ram { run, checked, packed } => {
+                let packed = match packed {
+                    None => 0,
+                    Some(Codec::Lz4) => LZ4,
+                    Some(Codec::Zstd) => ZSTD,
+                };
+                (RAM, packed | if checked { CHECKED } else { 0 }, run.len, run.start.0)
             }
             Self::Zero { run } => (ZERO, 0, run.len / PAGE, run.start.0),
             Self::State { len } => (STATE, 0, len as u64, 0),
@@ -80,12 +90,22 @@ impl Frame {
             let len = len as usize;
             if gpa == 0 && len <= limit { Ok(len) } else { Err("a frame that is too large") }
         };
-        if flags & !(if kind == RAM { CHECKED } else { 0 }) != 0 {
-            return Err(format!("a frame of kind {kind} with unknown flags {flags:#x}"));
+        let unknown = || format!("a frame of kind {kind} with unknown flags {flags:#x}");
+        if kind != RAM && flags != 0 {
+            return Err(unknown());
         }
         let frame = match kind {
             MESSAGE => Self::Message { len: sized(MESSAGE_LIMIT)? },
-            RAM => Self::Ram { run: run(len.into()), checked: flags & CHECKED != 0 },
+            RAM => Self::Ram {
+                run: run(len.into()),
+                checked: flags & CHECKED != 0,
+                packed: match flags & !CHECKED {
+                    0 => None,
+                    LZ4 => Some(Codec::Lz4),
+                    ZSTD => Some(Codec::Zstd),
+                    _ => return Err(unknown()),
+                },
+            },
             ZERO => Self::Zero { run: run(u64::from(len) * PAGE) },
             STATE => Self::State { len: sized(STATE_LIMIT)? },
             _ => return Err(format!("a frame of the unknown kind {kind}")),
@@ -126,19 +146,25 @@ mod tests {
         };
         prop_oneof![
             (0..=MESSAGE_LIMIT).prop_map(|len| Frame::Message { len }),
-            (run(FRAME_LIMIT / PAGE), any::<bool>())
-                .prop_map(|(run, checked)| Frame::Ram { run, checked }),
+            (run(FRAME_LIMIT / PAGE), any::<bool>(), codecs())
+                .prop_map(|(run, checked, packed)| Frame::Ram { run, checked, packed }),
             run(u32::MAX.into()).prop_map(|run| Frame::Zero { run }),
             (0..=STATE_LIMIT).prop_map(|len| Frame::State { len }),
         ]
     }
 
+    fn codecs() -> impl Strategy<Value = Option<Codec>> {
+        prop_oneof![Just(None), Just(Some(Codec::Lz4)), Just(Some(Codec::Zstd))]
+    }
+
     #[test]
     fn the_layout_is_as_documented() {
         let run = Run { start: GuestAddress(0x0102_0304_0506_7000), len: 0x2000 };
-        let bytes = Frame::Ram { run, checked: true }.encode();
+        let bytes = Frame::Ram { run, checked: true, packed: None }.encode();
         let expected = [2, 0, 1, 0, 0, 0x20, 0, 0, 0, 0x70, 6, 5, 4, 3, 2, 1];
         assert_eq!(bytes, expected);
+        let flags = |packed| Frame::Ram { run, checked: false, packed }.encode()[2];
+        assert_eq!([Some(Codec::Lz4), Some(Codec::Zstd)].map(flags), [2, 4]);
         assert_eq!(Frame::Zero { run }.encode()[..8], [3, 0, 0, 0, 2, 0, 0, 0]);
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use rustix::net::{SendFlags, send};
@@ -107,6 +108,11 @@ impl<S: Stream> Link<S> {
         Ok(())
     }
 
+    /// From here on memory comes in pieces of this size.
+    pub(super) fn expect_memory(&mut self, size: usize) {
+        self.bulk = size >= SMALL;
+    }
+
     /// Fills `bytes`: all before `until`, or else each before the silence gets too long.
     pub(super) fn read_exact(
         &mut self,
@@ -115,8 +121,14 @@ impl<S: Stream> Link<S> {
     ) -> Result<(), PeerError> {
         while !bytes.is_empty() {
             if self.ahead().is_empty() {
-                let most = if self.bulk { bytes.len() } else { BUFFER };
-                self.fill_with(most, until.unwrap_or_else(|| self.soon()))?;
+                let until = until.unwrap_or_else(|| self.soon());
+                if bytes.len() >= SMALL {
+                    let read = self.patiently(until, |link| link.stream.read(bytes))?;
+                    self.received += read as u64;
+                    bytes = &mut bytes[read..];
+                    continue;
+                }
+                self.fill_with(if self.bulk { bytes.len() } else { BUFFER }, until)?;
             }
             let here = self.take(bytes.len());
             let (filled, rest) = bytes.split_at_mut(here.len());
@@ -149,7 +161,7 @@ impl<S: Stream> Link<S> {
         backing: Option<(&File, u64)>,
     ) -> Result<(), PeerError> {
         let mut done = 0;
-        self.bulk = slice.len() >= SMALL;
+        self.expect_memory(slice.len());
         while done < slice.len() {
             let mut rest = slice.offset(done).map_err(|error| self.broken(error))?;
             if self.ahead().is_empty() && rest.len() >= SMALL {
@@ -162,8 +174,9 @@ impl<S: Stream> Link<S> {
             if self.ahead().is_empty() {
                 self.fill(self.soon())?;
             }
+            let place = backing.map(|(file, offset)| (file, offset + done as u64));
             let here = self.take(rest.len());
-            rest.copy_from(here);
+            put(here, &rest, place);
             done += here.len();
         }
         Ok(())
@@ -351,5 +364,18 @@ fn io_error(error: VolatileMemoryError) -> io::Error {
     match error {
         VolatileMemoryError::IOError(error) => error,
         other => io::Error::other(other),
+    }
+}
+
+/// Puts `content` into `slice`; by way of the file that it maps, if that can be: then its pages are
+/// made of what comes, and not zeroed and mapped before.
+pub(super) fn put<B: BitmapSlice>(
+    content: &[u8],
+    slice: &VolatileSlice<'_, B>,
+    backing: Option<(&File, u64)>,
+) {
+    match backing.map(|(file, offset)| file.write_all_at(content, offset)) {
+        Some(Ok(())) => slice.bitmap().mark_dirty(0, content.len()),
+        Some(Err(_)) | None => slice.copy_from(content),
     }
 }

@@ -9,6 +9,7 @@ mod lanes;
 mod link;
 mod message;
 mod pace;
+mod pack;
 mod passing;
 mod stream;
 
@@ -23,4 +24,6 @@ pub use lanes::MOST_STREAMS;
 pub(crate) use lanes::{Door, Lanes, culprit};
 pub use message::{Message, Totals};
 pub(crate) use pace::Pace;
+pub(crate) use pack::PACKED_PART;
+pub use pack::{Codec, Compression};
 pub use stream::{Listener, Stream, connect_tcp, listen_tcp};

@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use migration::policy::NoConvergence;
+use migration::wire::Compression;
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
@@ -48,6 +49,17 @@ pub(super) struct MigrateArgs {
     /// memory.
     #[arg(long, conflicts_with_all = ["streams", "bandwidth_limit"])]
     shared_memory: bool,
+    /// Send a checksum with all memory, for a wire whose own are not to be trusted.
+    #[arg(long, conflicts_with = "shared_memory")]
+    checksums: bool,
+    /// Pack memory, for a wire that is slower than the processors here and there.
+    #[arg(long, value_name = "WITH", default_value = "none", value_parser = packings())]
+    #[arg(conflicts_with = "shared_memory")]
+    compress: Compression,
+    /// How long to ask a destination that falls silent in the last moment who has the guest, 100s at
+    /// most: an operator decides then [default: 60s]
+    #[arg(long, value_name = "TIME", value_parser = asking)]
+    undecided_after: Option<Duration>,
     /// Print one JSON object on standard output.
     #[arg(long)]
     json: bool,
@@ -60,8 +72,24 @@ fn destination(text: &str) -> Result<Address, String> {
     }
 }
 
+/// A destination answers for somewhat longer than this.
+const LONGEST_ASKING: Duration = Duration::from_secs(100);
+
+fn asking(text: &str) -> Result<Duration, String> {
+    match duration::parse(text) {
+        Ok(limit) if limit > LONGEST_ASKING => {
+            Err(format!("no destination answers for longer than {LONGEST_ASKING:?}"))
+        }
+        limit => limit,
+    }
+}
+
 fn ways() -> impl TypedValueParser<Value = NoConvergence> {
     PossibleValuesParser::new(NoConvergence::NAMES).try_map(|name| name.parse::<NoConvergence>())
+}
+
+fn packings() -> impl TypedValueParser<Value = Compression> {
+    PossibleValuesParser::new(Compression::NAMES).try_map(|name| name.parse::<Compression>())
 }
 
 fn rate(text: &str) -> Result<Size, String> {
@@ -85,6 +113,8 @@ impl MigrateArgs {
 
     fn start(&self) -> Outcome {
         let client = self.vm.connect()?;
+        let limit = self.undecided_after.map(|limit| u64::try_from(limit.as_millis()));
+        let limit = limit.transpose()?;
         let request = Request::Migrate(MigrateRequest {
             to: self.to.clone(),
             dry_run: self.dry_run,
@@ -93,6 +123,9 @@ impl MigrateArgs {
             on_no_convergence: self.on_no_convergence,
             bandwidth_limit: self.bandwidth_limit.map(|Size(bytes)| bytes),
             shared_memory: self.shared_memory,
+            checksums: self.checksums,
+            compress: self.compress,
+            undecided_after_ms: limit,
         });
         let mut watch = Watch::begin(client.name())?;
         if self.dry_run {

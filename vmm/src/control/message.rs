@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use migration::policy::NoConvergence;
+use migration::wire::Compression;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
@@ -84,6 +85,16 @@ pub struct MigrateRequest {
     /// Pass the memory itself to a peer on this host, instead of what is in it.
     #[serde(default)]
     pub shared_memory: bool,
+    /// Send a checksum with all memory.
+    #[serde(default)]
+    pub checksums: bool,
+    /// What memory is packed with.
+    #[serde(default)]
+    pub compress: Compression,
+    /// How long to ask a peer that fell silent who has the guest, in milliseconds; `None` leaves it
+    /// to the VM.
+    #[serde(default)]
+    pub undecided_after_ms: Option<u64>,
 }
 
 /// How a guest is to be written to a file.
@@ -351,6 +362,9 @@ mod tests {
                     on_no_convergence: NoConvergence::Stop,
                     bandwidth_limit: None,
                     shared_memory: false,
+                    checksums: false,
+                    compress: Compression::None,
+                    undecided_after_ms: None,
                 }),
             ),
             (
@@ -396,7 +410,7 @@ mod tests {
     }
 
     fn requests() -> impl Strategy<Value = Request> {
-        let migrate = (any::<[bool; 2]>(), any::<Option<u8>>(), any::<u64>(), any::<Option<u64>>());
+        let migrate = (any::<[bool; 3]>(), any::<Option<u8>>(), any::<u64>(), any::<Option<u64>>());
         prop_oneof![
             Just(Request::Info {}),
             Just(Request::Cancel {}),
@@ -418,7 +432,7 @@ mod tests {
             }),
             Just(Request::Resolve { decision: Some(Decision::Discard) }),
             migrate.prop_map(|(flags, streams, downtime_limit_ms, bandwidth_limit)| {
-                let [dry_run, shared_memory] = flags;
+                let [dry_run, shared_memory, checksums] = flags;
                 let to = "[::1]:1".parse().unwrap();
                 Request::Migrate(MigrateRequest {
                     to,
@@ -428,6 +442,9 @@ mod tests {
                     on_no_convergence: NoConvergence::Throttle,
                     bandwidth_limit,
                     shared_memory,
+                    checksums,
+                    compress: Compression::Zstd,
+                    undecided_after_ms: bandwidth_limit,
                 })
             }),
         ]

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberOps};
+use migration::wire::Compression;
 
 use super::*;
 use crate::config::{SerialMode, VmName};
@@ -135,6 +136,9 @@ fn a_client_that_reads_slowly_still_gets_the_end() {
         on_no_convergence: Default::default(),
         bandwidth_limit: None,
         shared_memory: false,
+        checksums: false,
+        compress: Compression::Lz4,
+        undecided_after_ms: None,
     });
     let mut heard = 0;
     let report: MigrationReport = connect(&dir)

@@ -1,0 +1,154 @@
+//! Builds of other versions, and what only some of them know.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{
+    Bytes, GuestAddress, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile,
+};
+
+use super::fake::{FakeGuest, FakeHost, Fault, World, content};
+use super::journeys::options;
+use super::network::{Limits, Network};
+use crate::destination::receive;
+use crate::error::one_line;
+use crate::patience::Cancel;
+use crate::progress::{Progress, Watch};
+use crate::ram::PAGE;
+use crate::record::NoRecord;
+use crate::report::Report;
+use crate::source::{Options, send};
+use crate::wire::{Compression, Hello, Stream, VERSIONS};
+
+/// The source's end of a connection on which each side takes the other for another build.
+struct Disguised {
+    stream: UnixStream,
+    /// What each side hears of the other's versions: the source, and the destination.
+    hear: [Option<(u16, u16)>; 2],
+}
+
+impl Read for Disguised {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let Some(versions) = self.hear[0].take() else { return self.stream.read(bytes) };
+        let hello = Hello { versions }.encode();
+        let bytes = &mut bytes[..hello.len()];
+        self.stream.read_exact(bytes)?;
+        bytes.copy_from_slice(&hello);
+        Ok(hello.len())
+    }
+}
+
+impl Write for Disguised {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let Some(versions) = self.hear[1].take() else { return self.stream.write(bytes) };
+        self.stream.write_all(&Hello { versions }.encode())?;
+        Ok(Hello::OURS.encode().len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl ReadVolatile for Disguised {
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        _: &mut VolatileSlice<'_, B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        unreachable!("a source receives no memory")
+    }
+}
+
+impl WriteVolatile for Disguised {
+    fn write_volatile<B: BitmapSlice>(
+        &mut self,
+        memory: &VolatileSlice<'_, B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        self.stream.write_volatile(memory)
+    }
+}
+
+impl Stream for Disguised {
+    fn set_timeout(&self, limit: Duration) -> io::Result<()> {
+        self.stream.set_timeout(limit)
+    }
+    fn peer(&self) -> String {
+        "another build".into()
+    }
+}
+
+const PAGES: u64 = 600;
+
+/// Moves a guest over connections whose ends hear these versions of each other; gives the report, or
+/// what went wrong.
+fn moved(hear: [(u16, u16); 2], options: &Options) -> Result<Report, String> {
+    let world = Arc::<World>::default();
+    let mut guest = FakeGuest::with_memory(&world, Fault::None, PAGES);
+    for page in (0..PAGES).filter(|page| page % 100 < 70) {
+        guest.ram.write_obj(page + 1, GuestAddress(page * PAGE + page % 400 * 8 + 64)).unwrap();
+    }
+    let mut host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: PAGES };
+    let (network, door) = Network::new(Limits::NONE, None);
+    let (patience, done) = (options.patience, Cancel::new());
+    let waits = done.clone();
+    let destination = thread::Builder::new().spawn(move || {
+        let (progress, cancel) = (&mut |_: &Progress| {}, waits);
+        receive(&mut host, door, &patience, Watch { progress, cancel, record: Box::new(NoRecord) })
+    });
+    let connect = || Ok(Disguised { stream: network.visit(), hear: hear.map(Some) });
+    let (progress, cancel) = (&mut |_: &Progress| {}, Cancel::new());
+    let watch = Watch { progress, cancel, record: Box::new(NoRecord) };
+    let sent = send(&mut guest, connect, options, watch);
+    if let Err(failure) = sent {
+        done.cancel();
+        assert!(destination.unwrap().join().unwrap().is_err());
+        assert_eq!(world.runners(), (true, false));
+        return Err(one_line(&*failure));
+    }
+    let arrived = destination.unwrap().join().unwrap().unwrap();
+    assert_eq!(world.runners(), (false, true));
+    assert!(content(&arrived.guest.ram) == content(&guest.ram), "memory differs");
+    Ok(sent.unwrap())
+}
+
+const ALL: [Compression; 3] = [Compression::None, Compression::Lz4, Compression::Zstd];
+/// The bytes of memory that have to be sent.
+const CONTENT: u64 = PAGES * 7 / 10 * PAGE;
+
+#[test]
+fn packed_memory_takes_less_of_the_wire() {
+    for (compression, checked, streams) in
+        ALL.into_iter().flat_map(|how| [(how, false, 1), (how, true, 3)])
+    {
+        let options = Options { compression, checked, streams, ..options() };
+        let sent = moved([VERSIONS; 2], &options).unwrap();
+        let is_packed = sent.bytes_sent < CONTENT / 10;
+        assert_eq!(is_packed, compression != Compression::None, "{compression:?} {sent:?}");
+        assert!(sent.pages * PAGE >= CONTENT);
+    }
+}
+
+#[test]
+fn a_build_speaks_to_the_one_before_it_and_to_those_after_it() {
+    let options = Options { compression: Compression::Lz4, streams: 2, ..options() };
+    let (oldest, newest) = VERSIONS;
+    let next = (newest, newest + 1);
+    for (theirs, packed) in [((oldest, 1), false), (VERSIONS, true), (next, true), ((1, 99), true)]
+    {
+        let sent = moved([theirs, VERSIONS], &options).unwrap();
+        assert_eq!(sent.bytes_sent < CONTENT / 10, packed, "to {theirs:?}: {sent:?}");
+    }
+    for theirs in [next, (1, 99)] {
+        moved([VERSIONS, theirs], &options).unwrap();
+    }
+}
+
+#[test]
+fn what_was_not_agreed_on_is_refused() {
+    let options = Options { compression: Compression::Zstd, ..options() };
+    let error = moved([VERSIONS, (1, 1)], &options).unwrap_err();
+    assert!(error.contains("closed the connection"), "{error}");
+}
