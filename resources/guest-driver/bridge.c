@@ -90,8 +90,11 @@ static int uvmm_bridge_run(void *data)
 {
 	struct uvmm_bridge *bridge = data;
 
-	/* What is paused does nothing: resuming it comes before other work. */
-	sched_set_fifo_low(current);
+	/*
+	 * What is paused does nothing: resuming it comes before other work. Not
+	 * in real time, as drivers may spin until another task has done its own.
+	 */
+	set_user_nice(current, MIN_NICE);
 	while (!kthread_should_stop()) {
 		bool listens = READ_ONCE(bridge->interrupts);
 
