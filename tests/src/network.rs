@@ -1,5 +1,6 @@
 //! What the rest of the network sees of a guest that moves: pings that stay unanswered, and a
 //! transfer that takes it.
+mod breaking;
 mod bulk;
 mod exchange;
 mod ping;
@@ -8,6 +9,7 @@ mod relay;
 use std::net::Ipv4Addr;
 use std::process::Command;
 
+pub use breaking::{Breaking, Fault, Place, Way, Word};
 pub use bulk::Bulk;
 pub use ping::{Answers, Pinger};
 pub use relay::Relay;

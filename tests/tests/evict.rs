@@ -118,5 +118,20 @@ fn a_dry_run_tells_how_each_function_would_move_and_what_would_be_better() {
     ] {
         assert!(plan.contains(line), "{plan}");
     }
+    what_takes_memory_alone_is_refused(&uvmm);
     vm.pings().unwrap();
+}
+
+/// A snapshot, and a hand-over of memory, would leave the guest's function behind.
+fn what_takes_memory_alone_is_refused(uvmm: &Uvmm) {
+    let file = uvmm.dir().join("guest.snap");
+    let snapshot = ["snapshot", "--vm", "guest", file.to_str().unwrap()];
+    let shared = ["migrate", "--vm", "guest", "--to", "unix:/run/nobody", "--shared-memory"];
+    for (command, what) in [(&snapshot[..], "be written"), (&shared[..], "hand over its memory")] {
+        let (status, _, errors) = uvmm.call(command).unwrap();
+        let expected = format!("a guest cannot {what} with devices of the host, and it has net0");
+        let is_one_line = errors.trim().lines().count() == 1;
+        assert!(!status.success() && is_one_line && errors.contains(&expected), "{errors}");
+    }
+    assert!(!file.exists());
 }

@@ -1,38 +1,23 @@
 //! A running Linux guest moves between two uvmm processes and does not notice.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
 use tests::inside_lab;
-use tests::vm::{Report, SHORT, Uvmm, Vm, variable};
+use tests::vm::{Report, SHORT, Uvmm, Vm};
 
 const TRIPS: usize = 20;
 const CPUS: &str = "2";
-const LOAD: &str = "guest-load 24 2 /run/load & sleep 3; cat /run/load";
-
 /// A guest that rewrites and checks memory and reads its clocks.
 fn loaded_guest(uvmm: &Uvmm, name: &str) -> Vm {
-    let kernel = variable("GUEST_KERNEL").unwrap();
-    let mut vm =
-        uvmm.linux(name, Path::new(&kernel), &["--memory", "128M", "--cpus", CPUS]).unwrap();
-    vm.booted().unwrap();
-    let (report, status) = vm.shell(LOAD).unwrap();
-    assert!(status == 0 && report.contains("pages="), "{report}");
-    vm
+    uvmm.working_guest(name, &["--memory", "128M", "--cpus", CPUS], 24, 2).unwrap()
 }
 
-/// How much the workload has checked so far; fails if it found anything wrong.
+/// How much the workload has checked so far.
 fn pages_checked(vm: &mut Vm) -> u64 {
-    let (report, _) = vm.shell("pidof guest-load >/dev/null && cat /run/load").unwrap();
-    let everything = vm.serial.everything();
-    for wrong in ["CORRUPT", "BACKWARDS"] {
-        assert!(!everything.contains(wrong), "{everything}");
-    }
-    let pages = report.split_whitespace().find_map(|word| word.strip_prefix("pages="));
-    pages.unwrap_or_else(|| panic!("the workload is gone: {report:?}")).parse().unwrap()
+    vm.pages_checked().unwrap()
 }
 
 /// What Linux says, once, when it found that it had not run for a while: so it was, and so it is in

@@ -21,6 +21,7 @@ struct Run {
     uvmm: Journey,
     uvmm_single: Journey,
     sparse: Journey,
+    checked: Journey,
     busy: Journey,
     qemu: Journey,
     qemu_single: Journey,
@@ -54,10 +55,11 @@ fn measure(stand: &Stand) -> Result<Run> {
     Ok(Run {
         raw,
         uvmm,
+        sparse: go(Vmm::Uvmm(STREAMS), SPARSE)?,
+        checked: go(Vmm::UvmmChecked(STREAMS), FULL)?,
         qemu: go(Vmm::QemuMultifd(STREAMS), FULL)?,
         uvmm_single: go(Vmm::Uvmm(1), FULL)?,
         qemu_single: go(Vmm::Qemu, FULL)?,
-        sparse: go(Vmm::Uvmm(STREAMS), SPARSE)?,
         busy: go(Vmm::Uvmm(STREAMS), BUSY)?,
         qemu_busy: go(Vmm::QemuMultifd(STREAMS), BUSY)?,
     })
@@ -117,7 +119,7 @@ fn stops(runs: &[Run]) -> Vec<Row> {
 }
 
 fn rest(runs: &[Run]) -> Vec<Row> {
-    let ours = |run: &Run| [run.uvmm, run.uvmm_single, run.sparse, run.busy];
+    let ours = |run: &Run| [run.uvmm, run.uvmm_single, run.sparse, run.checked, run.busy];
     let growth = |run: &Run| ours(run).iter().map(|j| j.growth_mib).fold(0.0, f64::max);
     let busy = |name: &str, of: fn(&Run) -> f64, unit| figure(name, middle(runs, of), unit);
     vec![
@@ -125,6 +127,11 @@ fn rest(runs: &[Run]) -> Vec<Row> {
             0.25,
             "time, 90 % zero pages / none",
             middle(runs, |run| run.sparse.seconds / run.uvmm.seconds),
+            "",
+        ),
+        figure(
+            "time, with checksums / without",
+            middle(runs, |run| run.checked.seconds / run.uvmm.seconds),
             "",
         ),
         at_most(16.0, "growth of a VMM while it migrates", middle(runs, growth), "MiB"),

@@ -23,6 +23,8 @@ const MIGRATION: Duration = Duration::from_secs(120);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Vmm {
     Uvmm(usize),
+    /// The same, with checksums of all memory.
+    UvmmChecked(usize),
     /// One connection and one thread.
     Qemu,
     /// With this many channels.
@@ -143,13 +145,17 @@ impl Stand {
     }
 
     fn go(&self, vmm: Vmm, source: &mut Running, address: &str) -> Result<()> {
-        let Vmm::Uvmm(streams) = vmm else {
-            let qmp = source.qmp.as_mut().expect("QEMU has a monitor");
-            return qmp.migrate(&format!("tcp:{address}"));
+        let (streams, more) = match vmm {
+            Vmm::Uvmm(streams) => (streams, None),
+            Vmm::UvmmChecked(streams) => (streams, Some("--checksums")),
+            Vmm::Qemu | Vmm::QemuMultifd(_) => {
+                let qmp = source.qmp.as_mut().expect("QEMU has a monitor");
+                return qmp.migrate(&format!("tcp:{address}"));
+            }
         };
         let streams = streams.to_string();
         let mut command = self.uvmm.command(["migrate", "--vm", "here", "--to", address]);
-        command.args(["--streams", &streams, "--json"]);
+        command.args(["--streams", &streams, "--json"]).args(more);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let report = Report::of(child.context(|| "cannot run uvmm".into())?, MIGRATION)?;
         match report.error {
@@ -162,7 +168,9 @@ impl Stand {
         let Load { mib, percent, rewritten_mib } = load;
         let told = format!("run=fill {SEED} {percent};rewrite {rewritten_mib} max");
         let mut command = match vmm {
-            Vmm::Uvmm(_) => self.uvmm.command(["run", "--memory", &format!("{mib}M")]),
+            Vmm::Uvmm(_) | Vmm::UvmmChecked(_) => {
+                self.uvmm.command(["run", "--memory", &format!("{mib}M")])
+            }
             Vmm::Qemu | Vmm::QemuMultifd(_) => self.qemu(mib),
         };
         command.args([if vmm.is_qemu() { "-append" } else { "--cmdline" }, &told]);

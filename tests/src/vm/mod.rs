@@ -1,6 +1,7 @@
 //! Guests run by `uvmm`, driven the way a user drives them: by the command line and the serial line.
 mod report;
 mod serial;
+mod work;
 
 use std::ffi::OsString;
 use std::fs;

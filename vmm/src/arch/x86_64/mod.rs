@@ -6,6 +6,8 @@ pub(crate) mod cpuid;
 pub(crate) mod extended;
 pub(crate) mod feature;
 pub(crate) mod irqchip;
+#[cfg(test)]
+mod junk;
 pub(crate) mod layout;
 pub(crate) mod model;
 pub(crate) mod mptable;

@@ -1,0 +1,159 @@
+//! A network that breaks while a guest moves: the guest runs at exactly one place, and is whole.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+use std::process::{Command, Stdio};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use tests::inside_lab;
+use tests::network::{Breaking, Fault, Place, Way, Word};
+use tests::vm::{Report, SHORT, Uvmm, Vm};
+
+const FAULTS: u64 = 50;
+const KINDS: [Fault; 4] = [Fault::Cut, Fault::Flip, Fault::Gone, Fault::Stall];
+
+/// Numbers that look random, and come again with the same seed.
+struct Dice(u64);
+
+impl Dice {
+    fn new() -> Self {
+        let given = std::env::var("UVMM_SEED").ok().and_then(|seed| seed.parse().ok());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let seed = given.unwrap_or(now);
+        println!("UVMM_SEED={seed}");
+        Self(seed)
+    }
+
+    /// One below `bound`.
+    fn throw(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ mixed >> 31) % bound
+    }
+
+    /// Where the `number`th network breaks, if a whole migration takes so many bytes each way: half
+    /// of them somewhere among all bytes, and half in the hand-over.
+    fn place(&mut self, number: u64, [out, back]: [u64; 2]) -> Place {
+        let turn = number / KINDS.len() as u64;
+        match turn % 8 {
+            0 | 2 => Place::Byte(Way::Out, self.throw(out)),
+            4 => Place::Byte(Way::Out, self.throw(1000)),
+            6 => Place::Byte(Way::Back, self.throw(back)),
+            odd => {
+                let word = Word::ALL[usize::try_from(odd / 2).unwrap()];
+                Place::Within(word, self.throw(Word::SIZE))
+            }
+        }
+    }
+}
+
+/// Tries to move `source` to `destination` through `network`.
+fn try_moving(uvmm: &Uvmm, source: &Vm, network: &Breaking) -> Report {
+    let mut command: Command = uvmm.command(["migrate", "--vm", &source.name, "--json"]);
+    // What is not checked may be bent without anybody's notice.
+    command.args(["--to", network.address(), "--checksums", "--undecided-after", "2s"]);
+    // How it converges is not what this is about.
+    command.args(["--downtime-limit", "10s"]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    Report::of(child, SHORT).unwrap()
+}
+
+/// Where the guest is, by the word of uvmm: whether it arrived. If that is open, the network heals
+/// and an operator has the destination asked.
+fn arrived(uvmm: &Uvmm, source: &Vm, network: &Breaking, report: &Report) -> bool {
+    match report.status.as_str() {
+        "completed" => true,
+        "failed" => false,
+        "undecided" => {
+            assert!(!is_running(uvmm, source), "nobody may run it here unasked");
+            network.heal();
+            let (status, said, errors) =
+                uvmm.call(&["resolve", "--vm", &source.name, "--ask"]).unwrap();
+            assert!(status.success(), "{errors}");
+            let there = said.contains("the guest runs at");
+            assert!(there || said.contains("it goes on here"), "{said}");
+            there
+        }
+        other => panic!("{other}: {report:?}"),
+    }
+}
+
+/// Whether a process of uvmm says that a guest runs in it.
+fn is_running(uvmm: &Uvmm, vm: &Vm) -> bool {
+    let (_, info, _) = uvmm.call(&["info", "--vm", &vm.name, "--json"]).unwrap();
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap_or_default();
+    info["state"] == "running"
+}
+
+/// How many vCPUs a process of uvmm has; none once it has ended, or its guest has left.
+fn processors(vm: &Vm) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", vm.pid()));
+    let names = tasks.into_iter().flatten().flatten();
+    let names = names.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+    names.filter(|name| name.starts_with("vcpu")).count()
+}
+
+/// A guest on its way from fault to fault.
+struct Journey {
+    uvmm: Uvmm,
+    vm: Vm,
+    /// Whether it arrived here without the source's last word: then this process goes on answering
+    /// for a while after the guest has left.
+    unheard: bool,
+    /// How many bytes a whole migration takes each way.
+    whole: [u64; 2],
+    checked: u64,
+}
+
+impl Journey {
+    /// Tries to move it through a network that breaks; gives the report, and whether it moved.
+    fn meet(self, number: u64, place: Place, fault: Fault) -> (Self, Report, bool) {
+        let Self { uvmm, mut vm, unheard, mut whole, mut checked } = self;
+        let (mut incoming, address) = uvmm.incoming(&format!("host-{}", number + 1)).unwrap();
+        let network = Breaking::to(&address, place, fault).unwrap();
+        let report = try_moving(&uvmm, &vm, &network);
+        let moved = arrived(&uvmm, &vm, &network, &report);
+        if moved {
+            if !unheard {
+                assert_eq!(vm.wait(SHORT).unwrap().code(), Some(0), "{}", vm.errors().unwrap());
+            }
+            assert_eq!(processors(&vm), 0, "{number}: it runs twice");
+            whole = [Way::Out, Way::Back].map(|way| network.passed(way));
+            vm = incoming;
+        } else {
+            assert!(!incoming.runs() || !is_running(&uvmm, &incoming), "{number}: it runs twice");
+        }
+        checked = vm.works_on(checked).unwrap();
+        let in_done = matches!(place, Place::Within(Word::Done, _));
+        let unheard = if moved { in_done } else { unheard };
+        assert!(network.broke() || moved, "it stayed where nothing broke: {report:?}");
+        (Self { uvmm, vm, unheard, whole, checked }, report, moved)
+    }
+}
+
+#[test]
+fn fifty_faults_leave_the_guest_whole_at_exactly_one_place() {
+    inside_lab!();
+    let (uvmm, mut dice) = (Uvmm::new().unwrap(), Dice::new());
+    let vm = uvmm.working_guest("host-0", &["--memory", "96M", "--cpus", "2"], 4, 2).unwrap();
+    let mut journey = Journey { uvmm, vm, unheard: false, whole: [32 << 20, 200], checked: 0 };
+    let (mut moves, mut asked) = (0, 0);
+    for number in 0..FAULTS {
+        let fault = KINDS[usize::try_from(number).unwrap() % KINDS.len()];
+        let place = dice.place(number, journey.whole);
+        let since = Instant::now();
+        let (went_on, report, moved) = journey.meet(number, place, fault);
+        journey = went_on;
+        moves += u64::from(moved);
+        asked += u64::from(report.status == "undecided");
+        let (at, took) = (if moved { "there" } else { "here" }, since.elapsed());
+        let Report { status, error, total_ms, .. } = report;
+        let why = error.unwrap_or_default();
+        println!(
+            "{number}: {fault:?} {place:?}: {status} in {total_ms} ms of {took:.1?}, {at}: {why}"
+        );
+    }
+    println!("{FAULTS} faults: {moves} arrived, {asked} were decided by asking");
+    assert!(moves >= 5 && FAULTS - moves >= 20 && asked >= 2);
+    let open = journey.uvmm.call(&["resolve"]).unwrap().1;
+    assert!(open.contains("there is no undecided migration"), "{open}");
+}
