@@ -44,8 +44,8 @@ impl Neighbour {
 }
 
 /// Bridges may stay with these: they let go of DMA, or do none (`driver_managed_dma` in the
-/// kernel's source).
-const HARMLESS: [&str; 3] = ["pcieport", "pci-stub", "shpchp"];
+/// kernel's source, which shpchp does not set).
+const HARMLESS: [&str; 2] = ["pcieport", "pci-stub"];
 
 impl HostDevice {
     /// Looks at the device in the directory `path`.
