@@ -33,19 +33,17 @@ impl Vm {
         self.pings()
     }
 
-    /// Joins the network by the NIC in `slot`, and by no other; gives its name.
+    /// Joins the network as `own` by the NIC in `slot`, and by no other; gives its name.
     ///
     /// # Errors
     /// If there is no NIC, or no way out.
-    pub fn joins_network_by(&mut self, slot: u8) -> Result<String> {
+    pub fn joins_network_by(&mut self, slot: u8, own: Ipv4Addr) -> Result<String> {
         let place = format!("/sys/bus/pci/devices/0000:01:{slot:02x}.0/net");
         self.until(&format!("[ -d {place} ]"))?;
         let name = self.says(&format!("ls {place}"))?;
         let down = "for nic in /sys/class/net/eth*; do ip link set ${nic##*/} down; done; true";
         self.says(down)?;
-        self.says(&format!(
-            "ip link set {name} up && ip address replace {GUEST_IP}/24 dev {name}"
-        ))?;
+        self.says(&format!("ip link set {name} up && ip address replace {own}/24 dev {name}"))?;
         // There is a link some time after the NIC came up.
         self.until(&format!("ping -c 1 -W 1 {} > /dev/null", text("PEER_IP")?))?;
         Ok(name)

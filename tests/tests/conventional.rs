@@ -2,6 +2,7 @@
 //! IOMMU group.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -9,6 +10,8 @@ use tests::inside_lab;
 use tests::program;
 use tests::vm::{Uvmm, Vm, text};
 
+/// Guests with virtual functions, which run meanwhile, have another.
+const OWN_IP: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 3);
 /// Bytes that are carried each way.
 const BULK: usize = 4 << 20;
 
@@ -37,7 +40,7 @@ fn interrupts_by_pin_arrive_also_on_a_line_that_is_shared() {
     let arguments = ["--cpus", "2", "--device", &alone, "--device", &shares];
     let mut vm = uvmm.guest("pci=nomsi", &arguments).unwrap();
     vm.says("insmod /modules/e1000.ko").unwrap();
-    let name = vm.joins_network_by(1).unwrap();
+    let name = vm.joins_network_by(1, OWN_IP).unwrap();
     let exits = uvmm.mmio_exits("guest").unwrap();
     vm.exchanges(BULK).unwrap();
     assert_eq!(uvmm.mmio_exits("guest").unwrap(), exits, "interrupts do not need uvmm");
@@ -45,7 +48,7 @@ fn interrupts_by_pin_arrive_also_on_a_line_that_is_shared() {
     assert!(what.starts_with("IO-APIC") && !what.contains("shpchp"), "{what}");
     assert!(count > 100, "each is unmasked when it ended, or there were but one: {count}");
 
-    let name = vm.joins_network_by(4).unwrap();
+    let name = vm.joins_network_by(4, OWN_IP).unwrap();
     vm.exchanges(BULK).unwrap();
     let (what, count) = interrupts(&mut vm, &name);
     assert!(what.starts_with("IO-APIC") && what.contains("shpchp"), "{what}");
@@ -53,8 +56,8 @@ fn interrupts_by_pin_arrive_also_on_a_line_that_is_shared() {
     vm.says("echo 1 > /sys/bus/pci/slots/2/attention").unwrap();
     assert_eq!(vm.says("cat /sys/bus/pci/slots/2/attention").unwrap(), "1");
     vm.says("rmmod e1000 && insmod /modules/e1000.ko").unwrap();
-    vm.joins_network_by(1).unwrap();
-    vm.joins_network_by(4).unwrap();
+    vm.joins_network_by(1, OWN_IP).unwrap();
+    vm.joins_network_by(4, OWN_IP).unwrap();
     assert_eq!(vm.errors().unwrap(), "");
     // All of the group is this guest's.
     let (status, _, errors) =

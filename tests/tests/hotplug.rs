@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 use tests::inside_lab;
+use tests::network::GUEST_IP;
 use tests::vm::{SHORT, Uvmm, Vm, text};
 
 /// How often each of two functions comes and goes. Linux alone thinks for ten seconds each time, so
@@ -82,7 +83,7 @@ fn comes_and_goes(uvmm: &Uvmm, vm: &Mutex<Vm>, name: &str, number: u8) {
         {
             let mut vm = vm.lock().unwrap();
             assert!(held(&vm).contains(&group));
-            vm.joins_network_by(number).unwrap();
+            vm.joins_network_by(number, GUEST_IP).unwrap();
             if cycle == 0 {
                 vm.exchanges(BULK).unwrap();
             }
