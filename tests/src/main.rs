@@ -56,7 +56,7 @@ enum Command {
     /// Serves commands inside the lab host; run by the lab itself.
     #[command(hide = true)]
     Agent,
-    /// The tests inside the lab host.
+    /// The tests of one program inside the lab host.
     #[command(hide = true)]
     TestInside {
         #[arg(long)]
@@ -64,7 +64,7 @@ enum Command {
         /// How often a test is tried before it is called failed.
         #[arg(long, default_value_t = 1)]
         tries: u8,
-        programs: Vec<PathBuf>,
+        program: PathBuf,
     },
     /// The part of the demo inside the lab host.
     #[command(hide = true)]
@@ -102,8 +102,8 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Demo => in_lab(&["demo-inside"]),
         Command::Test { filter } => test(filter.as_deref()),
         Command::Bench { what, runs, json } => measure(what, runs, json),
-        Command::TestInside { filter, tries, programs } => {
-            Ok(u8::from(!suite::lanes::run(&programs, filter.as_deref(), tries)?))
+        Command::TestInside { filter, tries, program } => {
+            Ok(u8::from(!suite::inside::run(&program, filter.as_deref(), tries)?))
         }
         Command::DemoInside => Ok(tests::demo::run().map(|()| 0)?),
         Command::Agent => Ok(agent::serve().map(|()| 0)?),

@@ -1,18 +1,16 @@
 //! `cargo lab test`: every test there is, each where it can run.
 mod attempt;
-pub mod lanes;
+mod hosts;
+pub mod inside;
 
-use std::ffi::OsString;
 use std::fmt;
 use std::fs;
-use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use crate::artefacts::{self, Artefacts};
 use crate::error::{Context, Result};
-use crate::host::{Lab, Nesting, pass_on};
 use crate::tier::SKIPPED;
 use crate::{cache, program, tier};
 
@@ -33,6 +31,11 @@ impl Part {
     fn new(name: &str, passed: bool, took: Duration, said: &str) -> Self {
         let (outcome, took) = (if passed { PASSED } else { FAILED }, took.as_secs_f32());
         Self(format!("{outcome}  {name:<32} {took:>6.1} s  {said}"))
+    }
+
+    /// A test program in a lab host.
+    fn inside(name: &str, passed: bool, took: Duration, said: &str) -> Self {
+        Self::new(&format!("in the lab host: {name}"), passed, took, said)
     }
 
     /// The part that `line` tells of, if it does.
@@ -57,8 +60,8 @@ pub fn run(artefacts: &Artefacts, filter: Option<&str>) -> Result<Vec<Part>> {
     let lab_itself = std::env::current_exe().context(|| "cannot find this program".into())?;
     let mut parts = vec![here(artefacts, filter)?];
     let programs = programs()?;
-    println!("lab: booting the lab host for {} test programs", programs.len());
-    parts.extend(inside(&mut Lab::boot(artefacts)?, lab_itself, &programs, filter)?);
+    println!("lab: booting lab hosts for {} test programs", programs.len());
+    parts.extend(hosts::Run { artefacts, lab_itself, filter }.all(programs)?);
     Ok(parts)
 }
 
@@ -119,37 +122,10 @@ fn programs() -> Result<Vec<PathBuf>> {
     Ok(messages.lines().filter_map(program).collect())
 }
 
-/// How often a test in the lab host is tried before it is called failed.
-fn tries(nesting: Nesting) -> u8 {
-    match nesting {
-        Nesting::Hardware => 1,
-        Nesting::Emulation => 2,
-    }
-}
-
-/// Runs test programs inside the lab host, where [`lanes::run`] runs them.
-fn inside(
-    lab: &mut Lab,
-    lab_itself: PathBuf,
-    programs: &[PathBuf],
-    filter: Option<&str>,
-) -> Result<Vec<Part>> {
-    let mut command: Vec<OsString> = vec![lab_itself.into(), "test-inside".into()];
-    command.push(format!("--tries={}", tries(Nesting::here())).into());
-    command.extend(filter.map(|filter| format!("--filter={filter}").into()));
-    command.extend(programs.iter().map(OsString::from));
-    let mut printed = Vec::new();
-    let status = lab.run(&command, &[(tier::INSIDE, "1")], |stream, bytes| -> io::Result<()> {
-        printed.extend_from_slice(bytes);
-        pass_on(stream, bytes)
-    })?;
-    let printed = String::from_utf8_lossy(&printed);
-    let mut parts: Vec<_> = printed.lines().filter_map(Part::told).collect();
-    if (parts.len() != programs.len()) || (status == 0) != parts.iter().all(Part::passed) {
-        let said = format!("{} of {} programs came to an end", parts.len(), programs.len());
-        parts.push(Part::new("in the lab host", false, Duration::ZERO, &said));
-    }
-    Ok(parts)
+/// What Cargo calls a program that it built.
+fn name(program: &Path) -> String {
+    let stem = program.file_stem().unwrap_or_default().to_string_lossy();
+    stem.rsplit_once('-').map_or(&*stem, |(name, _hash)| name).to_owned()
 }
 
 #[cfg(test)]

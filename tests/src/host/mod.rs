@@ -16,6 +16,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
 pub use machine::Nesting;
@@ -27,6 +28,9 @@ use self::kept::Kept;
 use crate::artefacts::Artefacts;
 use crate::error::{Context, Error, Result, writing};
 use crate::{cache, program};
+
+/// Lab hosts of this process so far: each has a console of its own.
+static BOOTED: AtomicUsize = AtomicUsize::new(0);
 
 /// A running lab host. It ends when this is dropped.
 #[derive(Debug)]
@@ -66,7 +70,9 @@ impl Lab {
     fn resume(artefacts: &Artefacts, kept: &Kept) -> Result<Self> {
         let scratch =
             tempfile::tempdir().context(|| "cannot create a temporary directory".into())?;
-        let console = cache::dir()?.join(format!("console-{}.log", std::process::id()));
+        let number = BOOTED.fetch_add(1, Ordering::Relaxed);
+        let console = format!("console-{}-{number}.log", std::process::id());
+        let console = cache::dir()?.join(console);
         let socket = scratch.path().join("agent");
         let machine = machine::Machine {
             artefacts,
