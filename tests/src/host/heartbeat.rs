@@ -1,63 +1,100 @@
-//! Keeps the processors of an emulated lab host awake.
+//! Keeps the processors of an emulated lab host alive.
 //!
-//! As a guest is entered, QEMU changes the word of pending interrupts without its lock
-//! (`helper_vmrun`): an interrupt that comes at that moment may be lost. If it was the timer's, the
-//! processor never programs it again, and all that sleeps there sleeps on. Another interrupt makes
-//! up for it, so the processor that runs no guests sends one to each of the others now and then.
+//! QEMU loses an interrupt now and then as guests are entered and left, such as that of a
+//! processor's timer. The processor then never programs it again, and all that sleeps there sleeps
+//! on. So the processor that runs no guests looks after the others: each has a thread that sleeps
+//! for a moment whenever it is told to, and one whose thread does not wake up is switched off and on
+//! again, which moves what sleeps there and begins with a new timer.
 use std::fs;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::setpriority_process;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::error::{Context, Result, reading};
 
-/// How long a processor may lie lame.
-const PERIOD: Duration = Duration::from_millis(50);
+/// Between two looks.
+const PERIOD: Duration = Duration::from_millis(100);
+/// How long a thread may not wake up, on a machine that has much else to do.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// The processors that run no guests, where the lab host is emulated; else there are none.
 const ISOLATED: &str = "/sys/devices/system/cpu/isolated";
 
-/// Starts the heartbeat where it is needed.
+/// A processor that runs guests.
+struct Processor {
+    number: usize,
+    /// How often its thread woke up.
+    woken: Arc<AtomicU64>,
+    seen: u64,
+    since: Instant,
+}
+
+/// Starts to look after the processors where that is needed.
 ///
 /// # Errors
-/// If a thread cannot be started where it belongs.
+/// If a thread cannot be started.
 pub(super) fn start() -> Result<()> {
     let isolated = fs::read_to_string(ISOLATED).context(|| reading(ISOLATED.as_ref()))?;
-    let Ok(heart) = isolated.trim().parse::<usize>() else { return Ok(()) };
+    let Ok(own) = isolated.trim().parse::<usize>() else { return Ok(()) };
     let others = sched_getaffinity(None)
         .map_err(std::io::Error::from)
         .context(|| "cannot find out which processors run guests".into())?;
     let others = (0..CpuSet::MAX_CPU).filter(|&number| others.is_set(number));
-    let beats = others.map(listen).collect::<Result<Vec<_>>>()?;
-    on_processor(heart, "heart".into(), move || {
-        while beats.iter().all(|beat| beat.send(()).is_ok()) {
+    let mut processors = others.map(Processor::new).collect::<Result<Vec<_>>>()?;
+    spawn("heart".into(), move || {
+        loop {
+            stay_on(own);
             thread::sleep(PERIOD);
+            processors.iter_mut().for_each(Processor::look);
         }
     })
 }
 
-/// A thread of processor `number` that each message wakes: there is an interrupt in that.
-fn listen(number: usize) -> Result<Sender<()>> {
-    let (sender, receiver): (_, Receiver<()>) = mpsc::channel();
-    on_processor(number, format!("pulse-{number}"), move || while receiver.recv().is_ok() {})?;
-    Ok(sender)
+impl Processor {
+    fn new(number: usize) -> Result<Self> {
+        let woken = Arc::<AtomicU64>::default();
+        let wakes = woken.clone();
+        spawn(format!("pulse-{number}"), move || {
+            let _ = setpriority_process(None, -20);
+            loop {
+                // It was moved if the processor was switched off.
+                stay_on(number);
+                thread::sleep(PERIOD);
+                wakes.fetch_add(1, Ordering::Relaxed);
+            }
+        })?;
+        Ok(Self { number, woken, seen: 0, since: Instant::now() })
+    }
+
+    fn look(&mut self) {
+        let woken = self.woken.load(Ordering::Relaxed);
+        if woken != self.seen {
+            (self.seen, self.since) = (woken, Instant::now());
+        } else if self.since.elapsed() > PATIENCE {
+            self.restart();
+            self.since = Instant::now();
+        }
+    }
+
+    fn restart(&self) {
+        let switch = format!("/sys/devices/system/cpu/cpu{}/online", self.number);
+        let outcome = fs::write(&switch, "0").and_then(|()| fs::write(&switch, "1"));
+        let said = format!("lab: processor {} lost its timer: {outcome:?}\n", self.number);
+        let _ = fs::write("/dev/kmsg", said);
+    }
 }
 
-/// Runs `work` on a thread that no other processor runs, and that preempts others.
-fn on_processor(number: usize, name: String, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let cannot = || format!("cannot start a thread on processor {number}");
+/// Where that cannot be, the thread is where it was.
+fn stay_on(processor: usize) {
     let mut only = CpuSet::new();
-    only.set(number);
-    let (sender, placed) = mpsc::channel();
-    let run = move || {
-        let place = sched_setaffinity(None, &only).and_then(|()| setpriority_process(None, -20));
-        let failed = place.is_err();
-        if sender.send(place).is_ok() && !failed {
-            work();
-        }
-    };
-    thread::Builder::new().name(name).spawn(run).context(cannot)?;
-    placed.recv().unwrap_or(Ok(())).map_err(std::io::Error::from).context(cannot)
+    only.set(processor);
+    let _ = sched_setaffinity(None, &only);
+}
+
+fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let cannot = || "cannot start a thread that looks after a processor".into();
+    thread::Builder::new().name(name).spawn(work).map(drop).context(cannot)
 }
