@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::setpriority_process;
+use rustix::process::{Pid, setpriority_process};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-use crate::error::{Context, Result, reading};
+use crate::error::{Context, Result, reading, writing};
 
 /// Between two looks.
 const PERIOD: Duration = Duration::from_millis(100);
@@ -22,6 +22,9 @@ const PERIOD: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(3);
 /// The processors that run no guests, where the lab host is emulated; else there are none.
 const ISOLATED: &str = "/sys/devices/system/cpu/isolated";
+
+/// Makes the kernel's RCU ask processors instead of waiting for them.
+const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
 
 /// A processor that runs guests.
 struct Processor {
@@ -44,9 +47,14 @@ pub(super) fn start() -> Result<()> {
         .context(|| "cannot find out which processors run guests".into())?;
     let others = (0..CpuSet::MAX_CPU).filter(|&number| others.is_set(number));
     let mut processors = others.map(Processor::new).collect::<Result<Vec<_>>>()?;
+    // Else the end of a grace period would be told of by the processor that lost its timer.
+    fs::write(EXPEDITED, "1").context(|| writing(EXPEDITED.as_ref()))?;
+    for thread in kernel_threads() {
+        stay_on(Some(thread), own);
+    }
     spawn("heart".into(), move || {
         loop {
-            stay_on(own);
+            stay_on(None, own);
             thread::sleep(PERIOD);
             processors.iter_mut().for_each(Processor::look);
         }
@@ -61,7 +69,7 @@ impl Processor {
             let _ = setpriority_process(None, -20);
             loop {
                 // It was moved if the processor was switched off.
-                stay_on(number);
+                stay_on(None, number);
                 thread::sleep(PERIOD);
                 wakes.fetch_add(1, Ordering::Relaxed);
             }
@@ -87,11 +95,22 @@ impl Processor {
     }
 }
 
-/// Where that cannot be, the thread is where it was.
-fn stay_on(processor: usize) {
+/// The kernel's threads that switching a processor off waits for: they must not sleep there.
+fn kernel_threads() -> Vec<Pid> {
+    let waited_for = |pid: &Pid| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.starts_with("rcu")
+    };
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter_map(Pid::from_raw).filter(waited_for).collect()
+}
+
+/// Keeps a thread, or this one, on a processor. Where that cannot be, it stays where it was.
+fn stay_on(thread: Option<Pid>, processor: usize) {
     let mut only = CpuSet::new();
     only.set(processor);
-    let _ = sched_setaffinity(None, &only);
+    let _ = sched_setaffinity(thread, &only);
 }
 
 fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> Result<()> {
