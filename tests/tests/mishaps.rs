@@ -222,7 +222,7 @@ fn at_whichever_step_of_a_pause_something_goes_wrong_the_guest_has_its_function_
             if (step, fault) == (GIVE, Fault::Cancelled) {
                 continue; // it is too late, see below
             }
-            if matches!((step, fault), (DIRTY | STAY, Fault::Taken)) {
+            if matches!((step, fault), (DIRTY, Fault::Taken) | (STAY, Fault::Taken | Fault::Cut)) {
                 continue; // as while memory is copied, and while it pauses
             }
             let (report, _there) = go_wrong(&uvmm, &vm, held, step, fault);
