@@ -8,7 +8,7 @@ use tests::network::{Breaking, Fault, Place, Way, Word};
 use tests::vm::{Report, SHORT, Uvmm, Vm};
 
 /// How many, unless `UVMM_FAULTS` says: with 50 all ends are seen, which takes five minutes.
-const FAULTS: u64 = 10;
+const FAULTS: u64 = 8;
 const ALL_ENDS: u64 = 50;
 const KINDS: [Fault; 4] = [Fault::Cut, Fault::Flip, Fault::Gone, Fault::Stall];
 
