@@ -8,8 +8,8 @@ use tests::network::{Breaking, Fault, Place, Way, Word};
 use tests::vm::{Report, SHORT, Uvmm, Vm};
 
 /// How many, unless `UVMM_FAULTS` says: with 50 all ends are seen, which takes five minutes.
-const FAULTS: u64 = 8;
-const ALL_ENDS: u64 = 50;
+const FAULTS: usize = 8;
+const ALL_ENDS: usize = 50;
 const KINDS: [Fault; 4] = [Fault::Cut, Fault::Flip, Fault::Gone, Fault::Stall];
 
 /// Numbers that look random, and come again with the same seed.
@@ -33,17 +33,15 @@ impl Dice {
     }
 
     /// Where the `number`th network breaks, if a whole migration takes so many bytes each way: half
-    /// of them somewhere among all bytes, and half in the hand-over.
-    fn place(&mut self, number: u64, [out, back]: [u64; 2]) -> Place {
-        let turn = number / KINDS.len() as u64;
-        match turn % 8 {
-            0 | 2 => Place::Byte(Way::Out, self.throw(out)),
-            4 => Place::Byte(Way::Out, self.throw(1000)),
-            6 => Place::Byte(Way::Back, self.throw(back)),
-            odd => {
-                let word = Word::ALL[usize::try_from(odd / 2).unwrap()];
-                Place::Within(word, self.throw(Word::SIZE))
-            }
+    /// of them somewhere among all bytes, and half in the hand-over. Eight are enough for each word
+    /// of that.
+    fn place(&mut self, number: usize, [out, back]: [u64; 2]) -> Place {
+        let turn = number / 2 % 4;
+        match (number % 2, turn) {
+            (0, 0 | 1) => Place::Byte(Way::Out, self.throw(out)),
+            (0, 2) => Place::Byte(Way::Out, self.throw(1000)),
+            (0, _) => Place::Byte(Way::Back, self.throw(back)),
+            _ => Place::Within(Word::ALL[turn], self.throw(Word::SIZE)),
         }
     }
 }
@@ -108,7 +106,7 @@ struct Journey {
 
 impl Journey {
     /// Tries to move it through a network that breaks; gives the report, and whether it moved.
-    fn meet(self, number: u64, place: Place, fault: Fault) -> (Self, Report, bool) {
+    fn meet(self, number: usize, place: Place, fault: Fault) -> (Self, Report, bool) {
         let Self { uvmm, mut vm, unheard, mut whole, mut checked } = self;
         let (incoming, address) = uvmm.incoming(&format!("host-{}", number + 1)).unwrap();
         let network = Breaking::to(&address, place, fault).unwrap();
@@ -142,12 +140,13 @@ fn faults_leave_the_guest_whole_at_exactly_one_place() {
     let (mut moves, mut asked) = (0, 0);
     let faults = std::env::var("UVMM_FAULTS").map_or(FAULTS, |count| count.parse().unwrap());
     for number in 0..faults {
-        let fault = KINDS[usize::try_from(number).unwrap() % KINDS.len()];
+        // Each word meets another kind every time.
+        let fault = KINDS[(number / 2 + number / 8) % KINDS.len()];
         let place = dice.place(number, journey.whole);
         let since = Instant::now();
         let (went_on, report, moved) = journey.meet(number, place, fault);
         journey = went_on;
-        moves += u64::from(moved);
+        moves += usize::from(moved);
         asked += u64::from(report.status == "undecided");
         let (at, took) = (if moved { "there" } else { "here" }, since.elapsed());
         let Report { status, error, total_ms, .. } = report;
