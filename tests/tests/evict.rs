@@ -1,10 +1,7 @@
 //! A Linux guest that owns a virtual function moves, and has another one where it arrives.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 use std::process::{Child, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use tests::inside_lab;
 use tests::vm::{Report, SHORT, Uvmm, Vm, text};
 
@@ -35,21 +32,6 @@ fn begin(uvmm: &Uvmm, address: &str, more: &[&str]) -> Child {
     let arguments = [&["migrate", "--vm", "guest", "--to", address, "--json"], more].concat();
     let mut command = uvmm.command(arguments);
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-}
-
-/// Waits until `condition` holds of what `uvmm info` tells.
-fn until(uvmm: &Uvmm, condition: impl Fn(&Value) -> bool) {
-    let deadline = Instant::now() + SHORT;
-    loop {
-        let (_, info, errors) = uvmm.call(&["info", "--vm", "guest", "--json"]).unwrap();
-        assert_eq!(errors, "");
-        let info: Value = serde_json::from_str(&info).unwrap();
-        if condition(&info) {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{info}");
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 #[test]
@@ -91,7 +73,7 @@ fn whatever_goes_wrong_a_stock_guest_has_its_function_again() {
     let (there, address) =
         uvmm.incoming_with("there", &["--device", &device("net0", "VF1")]).unwrap();
     let child = begin(&uvmm, &address, &["--bandwidth-limit", "4M"]);
-    until(&uvmm, |info| info["migration"]["bytes_sent"].as_u64() > Some(1 << 20));
+    uvmm.until_it_copies("guest").unwrap();
     vm.until("! [ -e /sys/class/net/eth0 ]").unwrap();
     drop(there);
     assert_eq!(Report::of(child, SHORT).unwrap().status, "failed");

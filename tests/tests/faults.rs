@@ -79,9 +79,7 @@ fn arrived(uvmm: &Uvmm, source: &Vm, network: &Breaking, report: &Report) -> boo
 
 /// Whether a process of uvmm says that a guest runs in it.
 fn is_running(uvmm: &Uvmm, vm: &Vm) -> bool {
-    let (_, info, _) = uvmm.call(&["info", "--vm", &vm.name, "--json"]).unwrap();
-    let info: serde_json::Value = serde_json::from_str(&info).unwrap_or_default();
-    info["state"] == "running"
+    uvmm.info(&vm.name).is_ok_and(|info| info["state"] == "running")
 }
 
 /// How many vCPUs a process of uvmm has; none once it has ended, or its guest has left.

@@ -2,8 +2,6 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 use std::collections::BTreeSet;
 use std::process::Stdio;
-use std::thread;
-use std::time::Duration;
 
 use tests::inside_lab;
 use tests::vm::{Report, SHORT, Uvmm, Vm};
@@ -79,7 +77,7 @@ fn a_destination_that_dies_midway_leaves_the_guest_running() {
         ["migrate", "--vm", "source", "--to", &address, "--json", "--bandwidth-limit", "4M"];
     let child =
         uvmm.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    under_way(&uvmm, "source");
+    uvmm.until_it_copies("source").unwrap();
     incoming.kill();
     let report = Report::of(child, SHORT).unwrap();
     assert_eq!(report.status, "failed");
@@ -101,7 +99,7 @@ fn a_cancelled_migration_leaves_the_guest_running() {
         ["migrate", "--vm", "source", "--to", &address, "--json", "--bandwidth-limit", "4M"];
     let child =
         uvmm.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    under_way(&uvmm, "source");
+    uvmm.until_it_copies("source").unwrap();
     assert!(uvmm.call(&["cancel", "--vm", "source"]).unwrap().0.success());
     assert_eq!(Report::of(child, SHORT).unwrap().status, "cancelled");
     assert!(pages_checked(&mut vm) > before);
@@ -119,17 +117,4 @@ fn a_dry_run_prints_the_plan_and_moves_nothing() {
     assert!(plan.to_lowercase().contains("stop 2 vcpus"), "{plan}");
     assert!(vm.runs() && incoming.runs());
     pages_checked(&mut vm);
-}
-
-/// Waits until memory is moving.
-fn under_way(uvmm: &Uvmm, name: &str) {
-    for _ in 0..200 {
-        let (_, info, _) = uvmm.call(&["info", "--vm", name, "--json"]).unwrap();
-        let info: serde_json::Value = serde_json::from_str(&info).unwrap_or_default();
-        if info["migration"]["bytes_sent"].as_u64().is_some_and(|bytes| bytes > 1 << 20) {
-            return;
-        }
-        thread::sleep(Duration::from_millis(50));
-    }
-    panic!("no memory moves");
 }

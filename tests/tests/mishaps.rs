@@ -167,28 +167,10 @@ fn cancel(uvmm: &Uvmm) {
     assert!(status.success(), "{errors}");
 }
 
-fn info(uvmm: &Uvmm) -> Value {
-    let (_, info, errors) = uvmm.call(&["info", "--vm", "guest", "--json"]).unwrap();
-    serde_json::from_str(&info).unwrap_or_else(|error| panic!("{error}: {errors}"))
-}
-
-/// Waits until `condition` holds of what `uvmm info` tells.
-fn until(uvmm: &Uvmm, condition: impl Fn(&Value) -> bool) {
-    let deadline = Instant::now() + SHORT;
-    loop {
-        let info = info(uvmm);
-        if condition(&info) {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{info}");
-        thread::sleep(Duration::from_millis(20));
-    }
-}
-
 /// The guest runs here with its function, and nothing is left of what was begun.
 fn is_as_before(uvmm: &Uvmm, vm: &mut Vm) {
     vm.pings().unwrap();
-    let info = info(uvmm);
+    let info = uvmm.info("guest").unwrap();
     let slot = &info["slots"][0];
     let stands = [&info["state"], &slot["device"], &slot["state"], &slot["power_led"]];
     assert_eq!(stands, ["running", "net0", "enabled", "on"], "{info}");
@@ -236,7 +218,7 @@ fn at_whichever_step_of_a_pause_something_goes_wrong_the_guest_has_its_function_
             if expected == "undecided" {
                 let resolve = ["resolve", "--vm", "guest", "--run-here", "--yes"];
                 assert!(uvmm.call(&resolve).unwrap().0.success());
-                until(&uvmm, |info| info["state"] == "running");
+                uvmm.until("guest", |info| info["state"] == "running").unwrap();
             }
             if fault == Fault::Taken && step != GIVE {
                 assert!(error.contains("its host wants the device net0"), "{step}: {error}");
@@ -281,7 +263,7 @@ fn a_function_that_the_host_wants_back_is_asked_of_the_guest() {
     let uvmm = Uvmm::new().unwrap();
     let mut vm = networked(&uvmm, "");
     Taken::begin("VF0").give_back();
-    assert_eq!(info(&uvmm)["slots"][0]["device"], Value::Null);
+    assert_eq!(uvmm.info("guest").unwrap()["slots"][0]["device"], Value::Null);
     vm.until("! [ -e /sys/class/net/eth0 ]").unwrap();
     let (status, _, errors) =
         uvmm.call(&["plug", "--vm", "guest", "--device", &device("VF0")]).unwrap();
@@ -328,8 +310,7 @@ fn a_guest_that_restarts_on_its_way_has_its_function_again() {
     journey.until(GIVE);
     there.serial.send("").unwrap();
     there.serial.expect("status 0", SHORT).unwrap();
-    let (_, info, _) = uvmm.call(&["info", "--vm", "second", "--json"]).unwrap();
-    let info: Value = serde_json::from_str(&info).unwrap();
+    let info = uvmm.info("second").unwrap();
     assert_ne!(info["slots"][0]["state"], "enabled", "it has it already: {info}");
     there.serial.send("reboot -f").unwrap();
     assert_eq!(journey.end().status, "completed");

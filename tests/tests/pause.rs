@@ -3,10 +3,8 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use serde_json::Value;
 use tests::inside_lab;
 use tests::network::{Alias, Bulk, GUEST_IP, Pinger};
 use tests::vm::{Report, SHORT, Uvmm, Vm, text};
@@ -169,20 +167,6 @@ fn begin(uvmm: &Uvmm, address: &str, more: &[&str]) -> Child {
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// Waits until a part of memory is at the destination.
-fn until_it_copies(uvmm: &Uvmm) {
-    let deadline = Instant::now() + SHORT;
-    loop {
-        let (_, info, errors) = uvmm.call(&["info", "--vm", "guest", "--json"]).unwrap();
-        let info: Value = serde_json::from_str(&info).unwrap();
-        if info["migration"]["bytes_sent"].as_u64() > Some(1 << 20) {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{info} {errors}");
-        thread::sleep(Duration::from_millis(20));
-    }
-}
-
 /// A function of the lab host that VFIO has as well, and that is no NIC: given back when dropped.
 struct Stranger(String);
 
@@ -237,7 +221,7 @@ fn a_guest_that_cannot_go_or_breaks_its_promise_keeps_its_function() {
     let plan = dry_run(&uvmm, &address);
     assert!(plan.contains("release  have the guest pause net0"), "{plan}");
     let child = begin(&uvmm, &address, &["--bandwidth-limit", "16M"]);
-    until_it_copies(&uvmm);
+    uvmm.until_it_copies("guest").unwrap();
     vm.says("rmmod uvmm_bridge").unwrap();
     let report = Report::of(child, SHORT).unwrap();
     let error = report.error.unwrap();

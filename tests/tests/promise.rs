@@ -6,11 +6,10 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use serde_json::Value;
 use tests::inside_lab;
-use tests::network::Alias;
+use tests::network::{Alias, Relay};
 use tests::program;
 use tests::vm::{Report, Uvmm, Vm, text};
 
@@ -21,8 +20,8 @@ const SEGMENT: usize = 1000;
 /// read yet, Linux writes beside it when it puts both together.
 const SEGMENTS: usize = 20;
 const EVERY: Duration = Duration::from_millis(100);
-/// With this much to do again and again, no faster than this and to be stopped for so short a time,
-/// there are many passes over memory: the segments come after the first, and before the last.
+/// With this much that is written again and again, no faster than this and to be stopped for so
+/// short a time, memory is sent more than once.
 const BUSY: &str = "guest-load 64 1 /run/load > /dev/null &";
 const PASSES: [&str; 4] = ["--bandwidth-limit", "32M", "--downtime-limit", "30ms"];
 
@@ -68,20 +67,14 @@ fn trickle(streams: &mut [TcpStream]) -> String {
     sums.join(" ")
 }
 
-/// The pass over memory that is under way.
-fn pass(uvmm: &Uvmm) -> Option<u64> {
-    let (_, info, _) = uvmm.call(&["info", "--vm", "guest", "--json"]).unwrap();
-    let info: Value = serde_json::from_str(&info).unwrap();
-    info["migration"]["round"].as_u64()
-}
-
-/// Waits until the buffers for the segments are at the destination.
-fn until_all_was_sent_once(uvmm: &Uvmm) {
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while pass(uvmm) <= Some(1) {
-        assert!(Instant::now() < deadline, "memory is not sent");
-        thread::sleep(Duration::from_millis(20));
-    }
+/// Lets all memory pass, and with it the buffers for the segments; gives the pass that is held up.
+fn hold_after_all_was_sent_once(uvmm: &Uvmm, relay: &Relay) -> u32 {
+    uvmm.until_it_copies("guest").unwrap();
+    // The destination says so of each pass that it has.
+    relay.hold_at_answer();
+    uvmm.until("guest", |_| relay.holds()).unwrap();
+    let info = uvmm.info("guest").unwrap();
+    info["migration"]["round"].as_u64().unwrap().try_into().unwrap()
 }
 
 /// Moves a guest while segments arrive that nobody in it reads; the sums of what was sent and of
@@ -93,16 +86,19 @@ fn sums(more: &str, parameters: &str) -> (String, String) {
     let mut streams = stopped_readers(&mut from);
     let device = format!("vfio,id=net0,host={}", text("VF1").unwrap());
     let (mut vm, address) = uvmm.incoming_with("there", &["--device", &device]).unwrap();
-    let mut command = uvmm.command(["migrate", "--vm", "guest", "--to", &address, "--json"]);
+    let relay = Relay::to(&address).unwrap();
+    let to = relay.address();
+    let mut command = uvmm.command(["migrate", "--vm", "guest", "--to", &to, "--json"]);
     command.args(PASSES);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    until_all_was_sent_once(&uvmm);
+    let pass = hold_after_all_was_sent_once(&uvmm, &relay);
     let sent = trickle(&mut streams);
-    let pass = pass(&uvmm).expect("memory is being sent until after the segments");
+    from.says("kill $(pidof guest-load)").unwrap();
+    relay.release();
     let report = Report::of(child, Duration::from_secs(120)).unwrap();
     assert_eq!(report.status, "completed", "{report:?}\n{}", from.errors().unwrap());
     assert_eq!(report.devices[0].strategy, "pause", "{report:?}");
-    assert!(u64::from(report.rounds) > pass, "segments after pass {pass} of {report:?}");
+    assert!(report.rounds > pass, "segments during pass {pass} of {report:?}");
     drop(streams);
     assert_eq!(vm.says("cat /tmp/got.* | wc -c").unwrap(), "0", "nobody read anything so far");
     vm.says("kill -CONT $(pidof nc)").unwrap();

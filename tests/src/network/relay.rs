@@ -70,6 +70,12 @@ impl Relay {
         self.shared.lock().hold_at_answer = true;
     }
 
+    /// Whether nothing is passed on to the destination.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.shared.lock().held
+    }
+
     /// Passes everything on again.
     pub fn release(&self) {
         let mut state = self.shared.lock();
@@ -170,6 +176,7 @@ mod tests {
         relay.hold_at_answer();
         destination.write_all(b"b").unwrap();
         source.read_exact(&mut byte).unwrap();
+        assert!(relay.holds());
         source.write_all(b"c").unwrap();
         assert!(destination.read_exact(&mut byte).is_err(), "it is held");
         relay.release();

@@ -212,6 +212,32 @@ impl Uvmm {
         serde_json::from_str(&said).map_err(not_json)
     }
 
+    /// Waits until `condition` holds of what `uvmm info --json` says of the VM called `name`.
+    ///
+    /// # Errors
+    /// As [`Uvmm::info`]; or if it does not hold in time.
+    pub fn until(&self, name: &str, condition: impl Fn(&Value) -> bool) -> Result<()> {
+        let deadline = Instant::now() + SHORT;
+        loop {
+            let info = self.info(name)?;
+            if condition(&info) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(Error::Timeout(format!("{name} stays like this: {info}")));
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until a part of the memory of the VM called `name` is at its destination.
+    ///
+    /// # Errors
+    /// As [`Uvmm::until`].
+    pub fn until_it_copies(&self, name: &str) -> Result<()> {
+        self.until(name, |info| info["migration"]["bytes_sent"].as_u64() > Some(1 << 20))
+    }
+
     /// How many accesses to memory uvmm had to answer for the guest called `name` so far.
     ///
     /// # Errors
