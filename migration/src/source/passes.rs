@@ -12,7 +12,7 @@ use crate::policy::{Decision, Outcome, Seen};
 use crate::progress::{Progress, Stage, Watch};
 use crate::ram::send::Pass;
 use crate::ram::{self, PAGE, PageBitmap};
-use crate::wire::{Channel, Compression, FRAME_LIMIT, Message, PACKED_PART, Pace, Stream};
+use crate::wire::{Channel, Message, Pace, Stream};
 
 impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, C> {
     /// All memory, then again what was written meanwhile, until little is left: gives that.
@@ -122,10 +122,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         watcher(progress);
         let ram = &custody.guest().ram().clone();
         let (untouched, checked) = (progress.round == 1, options.checked);
-        let most = match options.compression {
-            Compression::None => FRAME_LIMIT,
-            Compression::Lz4 | Compression::Zstd => PACKED_PART,
-        };
+        let most = options.compression.most();
         let pass = Pass { ram, pages, untouched, checked, most, pace, cancel };
         let sent = ram::send::send(peer, lanes, &pass, custody.guest().dirty(), |sent| {
             progress.round_done = sent.pages;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use content::PART;
 
+use super::choice::Choice;
 use super::frame::HEADER;
 use super::hello::{self, PACKED_SINCE, could_be};
 use super::link::Link;
@@ -27,8 +28,8 @@ pub struct Channel<S> {
     totals: Totals,
     /// What both sides speak, once they have greeted.
     version: u16,
-    /// What memory is packed with, if it is.
-    codec: Option<Codec>,
+    /// What memory is packed with.
+    choice: Choice,
     packer: Packer,
     /// How many bytes packing has saved, and how long it took.
     saved: u64,
@@ -52,7 +53,7 @@ impl<S: Stream> Channel<S> {
             scratch: vec![0; PART].into(),
             totals: Totals::default(),
             version: VERSIONS.0,
-            codec: None,
+            choice: Choice::fixed(None),
             packer: Packer::default(),
             saved: 0,
             packing: Duration::ZERO,
@@ -204,8 +205,9 @@ impl<S: Stream> Channel<S> {
         self.link.flush_much()
     }
 
-    /// Sends all that was gathered.
+    /// Sends all that was gathered; more memory may come much later.
     pub(crate) fn flush(&mut self) -> Result<(), PeerError> {
+        self.choice.rest();
         self.link.flush()
     }
 

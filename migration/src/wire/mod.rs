@@ -1,6 +1,7 @@
 //! What goes over the connection: a frozen greeting, then frames.
 
 mod channel;
+mod choice;
 mod conduit;
 mod error;
 mod frame;
@@ -24,6 +25,5 @@ pub use lanes::MOST_STREAMS;
 pub(crate) use lanes::{Door, Lanes, culprit};
 pub use message::{Message, Totals};
 pub(crate) use pace::Pace;
-pub(crate) use pack::PACKED_PART;
 pub use pack::{Codec, Compression};
 pub use stream::{Listener, Stream, connect_tcp, listen_tcp};

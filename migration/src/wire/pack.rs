@@ -13,6 +13,9 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 use zstd::bulk::{Compressor, Decompressor};
 
+use super::FRAME_LIMIT;
+use super::choice::Choice;
+
 /// What memory is packed with on its way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -24,18 +27,29 @@ pub enum Compression {
     Lz4,
     /// Zstandard at its fastest, for slower ones.
     Zstd,
+    /// Whichever of these is the fastest, on each connection, found by trying.
+    Auto,
 }
 
 impl Compression {
     /// The names of all, for command lines.
-    pub const NAMES: [&'static str; 3] = ["none", "lz4", "zstd"];
+    pub const NAMES: [&'static str; 4] = ["none", "lz4", "zstd", "auto"];
 
-    /// How a frame that may be packed is.
-    pub(super) fn codec(self) -> Option<Codec> {
+    /// How each frame is packed.
+    pub(super) fn choice(self) -> Choice {
         match self {
-            Self::None => None,
-            Self::Lz4 => Some(Codec::Lz4),
-            Self::Zstd => Some(Codec::Zstd),
+            Self::None => Choice::fixed(None),
+            Self::Lz4 => Choice::fixed(Some(Codec::Lz4)),
+            Self::Zstd => Choice::fixed(Some(Codec::Zstd)),
+            Self::Auto => Choice::fastest(),
+        }
+    }
+
+    /// The most of memory that goes as one frame.
+    pub(crate) fn most(self) -> u64 {
+        match self {
+            Self::None => FRAME_LIMIT,
+            Self::Lz4 | Self::Zstd | Self::Auto => PACKED_PART,
         }
     }
 }
@@ -48,6 +62,7 @@ impl std::str::FromStr for Compression {
             "none" => Ok(Self::None),
             "lz4" => Ok(Self::Lz4),
             "zstd" => Ok(Self::Zstd),
+            "auto" => Ok(Self::Auto),
             _ => Err(format!("{name:?} is not one of {}", Self::NAMES.join(", "))),
         }
     }
@@ -64,7 +79,7 @@ pub enum Codec {
 
 /// The most of memory that is packed as one: what keeps the buffers of many connections small, and
 /// is enough to find what repeats.
-pub(crate) const PACKED_PART: u64 = 256 << 10;
+const PACKED_PART: u64 = 256 << 10;
 /// Of Zstandard's levels the fastest that is no special case.
 const LEVEL: i32 = 1;
 

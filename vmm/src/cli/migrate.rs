@@ -52,7 +52,8 @@ pub(super) struct MigrateArgs {
     /// Send a checksum with all memory, for a wire whose own are not to be trusted.
     #[arg(long, conflicts_with = "shared_memory")]
     checksums: bool,
-    /// Pack memory, for a wire that is slower than the processors here and there.
+    /// Pack memory, for a wire that is slower than the processors here and there; auto finds out what
+    /// is the fastest.
     #[arg(long, value_name = "WITH", default_value = "none", value_parser = packings())]
     #[arg(conflicts_with = "shared_memory")]
     compress: Compression,

@@ -19,7 +19,9 @@ pub(super) const PART: usize = 128 << 10;
 impl<S: Stream> Channel<S> {
     /// Has memory packed from here on, if the peer can unpack it.
     pub(crate) fn pack_with(&mut self, compression: Compression) {
-        self.codec = compression.codec().filter(|_| self.version >= PACKED_SINCE);
+        if self.version >= PACKED_SINCE {
+            self.choice = compression.choice();
+        }
     }
 
     /// Sends the pages of `run`, which `slice` holds; with a checksum if `checked`. Tells how many
@@ -30,7 +32,7 @@ impl<S: Stream> Channel<S> {
         slice: &VolatileSlice<'_, B>,
         checked: bool,
     ) -> Result<u64, PeerError> {
-        if let Some(codec) = self.codec {
+        if let Some(codec) = self.choice.next(run.len, Instant::now()) {
             return self.send_packed(run, slice, checked, codec);
         }
         let header = Frame::Ram { run, checked, packed: None }.encode();
