@@ -2,9 +2,9 @@
 //!
 //! QEMU loses an interrupt now and then as guests are entered and left, such as that of a
 //! processor's timer. The processor then never programs it again, and all that sleeps there sleeps
-//! on. So the processor that runs no guests looks after the others: each has a thread that sleeps
-//! for a moment whenever it is told to, and one whose thread does not wake up is switched off and on
-//! again, which moves what sleeps there and begins with a new timer.
+//! on. So the processor that runs no guests looks after the others: each has a thread that only
+//! sleeps for moments, and one whose thread does not wake up is switched off and on again, which
+//! moves what sleeps there and begins with a new timer.
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,7 +22,6 @@ const PERIOD: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(3);
 /// The processors that run no guests, where the lab host is emulated; else there are none.
 const ISOLATED: &str = "/sys/devices/system/cpu/isolated";
-
 /// Makes the kernel's RCU ask processors instead of waiting for them.
 const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
 

@@ -2,14 +2,24 @@
 //!
 //! Where the lab host is emulated it is slow, and slower at times. A test that passes at a later try
 //! is called flaky, and told of by name.
+use std::convert::Infallible;
 use std::fmt;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::Builder;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::error::{Context, Result};
 use crate::program;
 use crate::tier::SKIPPED;
+
+/// No test takes so long.
+const LIMIT: Duration = Duration::from_secs(20 * 60);
 
 /// How one test ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +90,8 @@ pub(super) fn run(program: &Path, test: &str, tries: u8, show: impl Fn(&str)) ->
         // Panics and warnings go where the rest goes, in their order.
         let (reader, writer) = std::io::pipe().context(cannot)?;
         command.stdin(Stdio::null()).stderr(writer.try_clone().context(cannot)?).stdout(writer);
-        let mut child = command.spawn().context(cannot)?;
+        let mut child = command.process_group(0).spawn().context(cannot)?;
+        let _in_time = end_after(LIMIT, &child)?;
         // It holds the pipe's other end too, and the lines would never end.
         drop(command);
         let mut skipped = false;
@@ -98,6 +109,19 @@ pub(super) fn run(program: &Path, test: &str, tries: u8, show: impl Fn(&str)) ->
         }
     }
     Ok(Outcome::Failed)
+}
+
+/// Ends `child` and its children after `limit`, unless what this gives is dropped before.
+fn end_after(limit: Duration, child: &Child) -> Result<Sender<Infallible>> {
+    let group = Pid::from_child(child);
+    let (in_time, ended) = channel();
+    let end = move || {
+        if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            let _gone = kill_process_group(group, Signal::KILL);
+        }
+    };
+    let thread = Builder::new().name("limit".into()).spawn(end);
+    thread.context(|| "cannot start a thread".into()).map(|_| in_time)
 }
 
 /// Whether the harness of the test program printed `line`, about a single test of which its caller
@@ -142,6 +166,16 @@ mod tests {
         fs::write(&program, "#!/bin/sh\necho 'skipped: for no reason'\n").unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
         assert_eq!(run(&program, "sometimes", 1, |_| ()).unwrap(), Outcome::Failed);
+    }
+
+    #[test]
+    fn a_test_that_takes_too_long_is_ended_with_its_children() {
+        let mut sleeping = Command::new("sh");
+        sleeping.args(["-c", "sleep 600 & sleep 600"]).process_group(0).stdout(Stdio::piped());
+        let mut child = sleeping.spawn().unwrap();
+        let _in_time = end_after(Duration::from_millis(10), &child).unwrap();
+        let ends = BufReader::new(child.stdout.take().unwrap()).lines().count();
+        assert_eq!((ends, child.wait().unwrap().success()), (0, false));
     }
 
     #[test]

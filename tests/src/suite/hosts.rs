@@ -36,9 +36,9 @@ impl Run<'_> {
             let name = name(program);
             LONG.iter().position(|long| *long == name).unwrap_or(LONG.len())
         };
-        programs.sort_by_key(|program| std::cmp::Reverse(rank(program)));
-        let programs = &Mutex::new(programs);
-        let next = || programs.lock().ok().and_then(|mut programs| programs.pop());
+        programs.sort_by_key(rank);
+        let programs = &Mutex::new(programs.into_iter());
+        let next = || programs.lock().ok().and_then(|mut programs| programs.next());
         let next = &next;
         thread::scope(|scope| {
             let start = |number| {
@@ -55,24 +55,30 @@ impl Run<'_> {
         })
     }
 
-    /// One lab host, and another if it ends.
     fn host(&self, next: impl Fn() -> Option<PathBuf>) -> Result<Vec<Part>> {
         let mut lab = Lab::boot(self.artefacts)?;
         let mut parts = Vec::new();
         while let Some(program) = next() {
-            parts.push(match self.program(&mut lab, &program) {
-                Ok(part) => part,
-                Err(error) => {
-                    eprintln!("lab: {error}");
-                    lab = Lab::boot(self.artefacts)?;
-                    Part::inside(&name(&program), false, Duration::ZERO, "the lab host ended")
-                }
-            });
+            parts.push(self.program(&mut lab, &program)?);
         }
         Ok(parts)
     }
 
+    /// Runs a program, and again in another lab host if that ends.
     fn program(&self, lab: &mut Lab, program: &Path) -> Result<Part> {
+        for _ in 0..tries(Nesting::here()) {
+            match self.attempt(lab, program) {
+                Ok(part) => return Ok(part),
+                Err(error) => {
+                    println!("lab: the lab host that ran {} ended: {error}", name(program));
+                    *lab = Lab::boot(self.artefacts)?;
+                }
+            }
+        }
+        Ok(Part::inside(&name(program), false, Duration::ZERO, "the lab host ended"))
+    }
+
+    fn attempt(&self, lab: &mut Lab, program: &Path) -> Result<Part> {
         let mut command: Vec<OsString> = vec![self.lab_itself.clone().into()];
         command.push("test-inside".into());
         command.push(format!("--tries={}", tries(Nesting::here())).into());
@@ -80,9 +86,9 @@ impl Run<'_> {
         command.push(program.into());
         let (mut line, mut told) = (Vec::new(), None);
         let status = lab.run(&command, &[(tier::INSIDE, "1")], |_, bytes| -> io::Result<()> {
-            for part in bytes.split_inclusive(|&byte| byte == b'\n') {
-                line.extend_from_slice(part);
-                if part.ends_with(b"\n") {
+            for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
+                line.extend_from_slice(piece);
+                if piece.ends_with(b"\n") {
                     io::stdout().write_all(&line)?;
                     told = Part::told(String::from_utf8_lossy(&line).trim_end()).or(told.take());
                     line.clear();
