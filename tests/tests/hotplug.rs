@@ -14,7 +14,7 @@ use tests::vm::{SHORT, Uvmm, Vm, text};
 
 /// How often each of two functions comes and goes. Linux alone thinks for ten seconds each time, so
 /// that they do it beside each other.
-const CYCLES: usize = 4;
+const CYCLES: usize = 10;
 /// Bytes that each carries both ways when it has just come.
 const BULK: usize = 2 << 20;
 

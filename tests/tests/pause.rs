@@ -10,7 +10,7 @@ use tests::network::{Alias, Bulk, GUEST_IP, Pinger};
 use tests::vm::{Report, SHORT, Uvmm, Vm, text};
 
 /// Migrations in a row.
-const TRIPS: usize = 6;
+const TRIPS: usize = 10;
 /// How often the rest of the network pings.
 const OFTEN: Duration = Duration::from_millis(100);
 
