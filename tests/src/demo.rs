@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::network::{Alias, Bulk, GUEST_IP, Pinger};
+use crate::network::{Alias, Bulk, GUEST_DRIVER, GUEST_IP, Pinger};
 use crate::vm::{Report, SHORT, Uvmm, Vm, text};
 
 /// MiB that the guest keeps rewriting, and threads that do it: little, for an emulated host.
@@ -33,8 +33,7 @@ pub fn run() -> Result<()> {
     );
     say_on("can work until the end, and then has the card's own driver pause and resume it:");
     command("rmmod igbvf; insmod uvmm_bridge.ko; insmod igbvf.ko   (in the guest)");
-    there.says("rmmod igbvf && insmod /modules/uvmm_bridge.ko && insmod /modules/igbvf.ko")?;
-    there.joins_network()?;
+    there.joins_network_after(&format!("rmmod igbvf && {GUEST_DRIVER}"))?;
     let bulk = Bulk::start(&mut there)?;
     result("the network is back, and somebody sends the guest data all the time");
     let (vm, paused) = travel(&uvmm, there, "back", "VF0", Vm::pings)?;
@@ -78,8 +77,7 @@ fn boot(uvmm: &Uvmm) -> Result<Vm> {
     let version = vm.says("uname -sr")?;
     result(&format!("{version} is up after {:.1} s", since.elapsed().as_secs_f32()));
     command("insmod igbvf.ko; ip link set eth0 up; ip address add …   (in the guest)");
-    vm.says("insmod /modules/igbvf.ko")?;
-    vm.joins_network()?;
+    vm.joins_network_after("")?;
     result(&format!("{GUEST_IP} answers from {}", vm.says("cat /sys/class/net/eth0/address")?));
     say("In it, a thread rewrites 8 MiB and checks every page it wrote; another reads the clocks:");
     vm.says(LOAD)?;

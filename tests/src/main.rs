@@ -80,6 +80,8 @@ enum What {
     Handover,
     /// Boots of a Linux guest, in the lab host.
     Boot,
+    /// Moves of a Linux guest with a virtual function, in the lab host.
+    Passthrough,
 }
 
 fn main() -> ExitCode {
@@ -131,12 +133,11 @@ fn test(filter: Option<&str>) -> anyhow::Result<u8> {
     Ok(u8::from(!parts.iter().all(suite::Part::passed)))
 }
 
-/// Migrations first, here; then boots, inside a lab host.
+/// What is measured on this machine first; then the rest, each in a lab host of its own.
 fn measure(what: Option<What>, runs: usize, json: bool) -> anyhow::Result<u8> {
     let wanted = |this| what.is_none_or(|what| what == this);
     if env::var_os(INSIDE).is_some() {
-        let title = format!("one vCPU, 256 MiB, the kernel as an ELF file, median of {runs} boots");
-        return show(&title, &bench::boot::boots(runs)?, json);
+        return measure_inside(what, runs, json);
     }
     let mut status = 0;
     if wanted(What::Migration) {
@@ -150,13 +151,33 @@ fn measure(what: Option<What>, runs: usize, json: bool) -> anyhow::Result<u8> {
         let title = "the tiny guest, one vCPU, a fifth of memory filled, on this machine's own KVM";
         status |= show(&format!("{title}, median of {runs} hand-overs"), &rows, json)?;
     }
-    if wanted(What::Boot) {
-        let runs = runs.to_string();
-        let arguments =
-            [&["bench", "boot", "--runs", &runs][..], if json { &["--json"] } else { &[] }];
-        status |= in_lab(&arguments.concat())?;
+    for (what, name) in [(What::Boot, "boot"), (What::Passthrough, "passthrough")] {
+        if wanted(what) {
+            let runs = runs.to_string();
+            let arguments =
+                [&["bench", name, "--runs", &runs][..], if json { &["--json"] } else { &[] }];
+            status |= in_lab(&arguments.concat())?;
+        }
     }
     Ok(status)
+}
+
+/// What is measured in the lab host.
+fn measure_inside(what: Option<What>, runs: usize, json: bool) -> anyhow::Result<u8> {
+    let (title, rows) = match what {
+        Some(What::Boot) => (
+            format!("one vCPU, 256 MiB, the kernel as an ELF file, median of {runs} boots"),
+            bench::boot::boots(runs)?,
+        ),
+        Some(What::Passthrough) => (
+            format!("a Linux guest with a virtual function, median of {runs} trips each way"),
+            bench::passthrough::trips(runs)?,
+        ),
+        Some(What::Migration | What::Handover) | None => {
+            anyhow::bail!("that is not measured in the lab host")
+        }
+    };
+    show(&title, &rows, json)
 }
 
 fn show(title: &str, rows: &[bench::Row], json: bool) -> anyhow::Result<u8> {

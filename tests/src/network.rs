@@ -21,6 +21,9 @@ use crate::vm::{Vm, text};
 /// The guest's own address in the lab.
 pub const GUEST_IP: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 2);
 
+/// Loads the guest driver, for [`Vm::joins_network_after`].
+pub const GUEST_DRIVER: &str = "insmod /modules/uvmm_bridge.ko &&";
+
 impl Vm {
     /// Gives the guest's one NIC its address, and reaches the rest of the network by it.
     ///
@@ -31,6 +34,15 @@ impl Vm {
         self.says(&format!("ip link set eth0 up && ip address replace {GUEST_IP}/24 dev eth0"))?;
         self.until("grep -q 1 /sys/class/net/eth0/carrier")?;
         self.pings()
+    }
+
+    /// Loads the driver of a virtual function after what `first` does, and joins the network.
+    ///
+    /// # Errors
+    /// As [`Vm::joins_network`]; or if a driver does not load.
+    pub fn joins_network_after(&mut self, first: &str) -> Result<()> {
+        self.says(&format!("{first} insmod /modules/igbvf.ko"))?;
+        self.joins_network()
     }
 
     /// Joins the network as `own` by the NIC in `slot`, and by no other; gives its name.

@@ -52,15 +52,15 @@ fn a_kernel_that_is_not_the_labs_own_boots() {
 }
 
 #[test]
-fn four_vcpus_and_five_gib_are_all_there() {
+fn eight_vcpus_and_five_gib_are_all_there() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
-    let mut vm = boot(&uvmm, "GUEST_KERNEL", &["--memory", "5G", "--cpus", "4"]);
+    let mut vm = boot(&uvmm, "GUEST_KERNEL", &["--memory", "5G", "--cpus", "8"]);
     let (said, _) = vm.shell("nproc; awk '/MemTotal/ { print $2 }' /proc/meminfo").unwrap();
     let numbers =
         said.split_whitespace().map(|word| word.parse::<u64>().unwrap()).collect::<Vec<_>>();
     let [cpus, kib] = numbers[..] else { panic!("{said}") };
-    assert_eq!(cpus, 4);
+    assert_eq!(cpus, 8);
     assert!((4_800 << 10..=5 << 20).contains(&kib), "{kib} KiB of the 5 GiB");
     powers_off(vm);
 }

@@ -1,6 +1,5 @@
 //! A Linux guest that owns a virtual function moves, and has another one where it arrives.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-use std::process::{Child, Stdio};
 
 use tests::inside_lab;
 use tests::vm::{Report, SHORT, Uvmm, Vm, text};
@@ -13,25 +12,8 @@ fn device(id: &str, variable: &str) -> String {
 /// Boots a guest that has `VF0` in its first slot, and joins the network.
 fn networked(uvmm: &Uvmm, more: &str) -> Vm {
     let mut vm = uvmm.guest(more, &["--device", &device("net0", "VF0")]).unwrap();
-    vm.says("insmod /modules/igbvf.ko").unwrap();
-    vm.joins_network().unwrap();
+    vm.joins_network_after("").unwrap();
     vm
-}
-
-/// Moves the guest; the old process must have ended well.
-fn move_on(uvmm: &Uvmm, mut from: Vm, to: &str, device: &str) -> (Vm, Report) {
-    let (vm, address) = uvmm.incoming_with(to, &["--device", device]).unwrap();
-    let report = uvmm.migrate(&from, &address).unwrap();
-    assert_eq!(report.status, "completed", "{report:?}\n{}", vm.errors().unwrap());
-    assert_eq!(from.wait(SHORT).unwrap().code(), Some(0), "{}", from.errors().unwrap());
-    (vm, report)
-}
-
-/// Starts to migrate the guest to `address`, with more on the command line.
-fn begin(uvmm: &Uvmm, address: &str, more: &[&str]) -> Child {
-    let arguments = [&["migrate", "--vm", "guest", "--to", address, "--json"], more].concat();
-    let mut command = uvmm.command(arguments);
-    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 #[test]
@@ -39,12 +21,12 @@ fn a_stock_guest_lets_go_of_its_function_and_is_given_another() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let vm = networked(&uvmm, "");
-    let (mut vm, report) = move_on(&uvmm, vm, "there", &device("net0", "VF1"));
+    let (mut vm, report) = uvmm.move_on(vm, "there", &[&device("net0", "VF1")]).unwrap();
     let [moved] = &report.devices[..] else { panic!("{report:?}") };
     assert_eq!((&*moved.id, &*moved.strategy), ("net0", "evict"));
     assert!(moved.paused_ms > report.downtime_ms, "{report:?}");
     vm.joins_network().unwrap();
-    let (mut vm, _) = move_on(&uvmm, vm, "back", &device("net0", "VF0"));
+    let (mut vm, _) = uvmm.move_on(vm, "back", &[&device("net0", "VF0")]).unwrap();
     vm.joins_network().unwrap();
     assert_eq!(vm.errors().unwrap(), "");
 }
@@ -72,13 +54,13 @@ fn whatever_goes_wrong_a_stock_guest_has_its_function_again() {
     // It is out, and memory is on its way.
     let (there, address) =
         uvmm.incoming_with("there", &["--device", &device("net0", "VF1")]).unwrap();
-    let child = begin(&uvmm, &address, &["--bandwidth-limit", "4M"]);
+    let child = uvmm.begin_to_migrate(&vm, &address, &["--bandwidth-limit", "4M"]).unwrap();
     uvmm.until_it_copies("guest").unwrap();
     vm.until("! [ -e /sys/class/net/eth0 ]").unwrap();
     drop(there);
     assert_eq!(Report::of(child, SHORT).unwrap().status, "failed");
     vm.joins_network().unwrap();
-    let (mut vm, _) = move_on(&uvmm, vm, "second", &device("net0", "VF1"));
+    let (mut vm, _) = uvmm.move_on(vm, "second", &[&device("net0", "VF1")]).unwrap();
     vm.joins_network().unwrap();
 }
 

@@ -1,7 +1,7 @@
 //! A running Linux guest moves between two uvmm processes and does not notice.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 use std::collections::BTreeSet;
-use std::process::Stdio;
+use std::fs;
 
 use tests::inside_lab;
 use tests::vm::{Report, SHORT, Uvmm, Vm};
@@ -30,17 +30,6 @@ fn complaints(vm: &mut Vm) -> BTreeSet<String> {
     log.lines().filter(|line| !expected(line)).map(str::to_owned).collect()
 }
 
-/// Moves the guest to a new VM; the old process must have ended well.
-fn move_on(uvmm: &Uvmm, mut from: Vm, to: &str) -> (Vm, Report) {
-    let (vm, address) = uvmm.incoming(to).unwrap();
-    let report = uvmm.migrate(&from, &address).unwrap();
-    let status = from.wait(SHORT).unwrap();
-    let errors = from.errors().unwrap();
-    assert_eq!(report.status, "completed", "{report:?} {errors}");
-    assert_eq!(status.code(), Some(0), "{errors}");
-    (vm, report)
-}
-
 #[test]
 fn migrations_there_and_back_harm_nothing() {
     inside_lab!();
@@ -52,11 +41,9 @@ fn migrations_there_and_back_harm_nothing() {
     let mut vm = loaded_guest(&uvmm, "host-0");
     let mut checked = pages_checked(&mut vm);
     for trip in 1..=TRIPS {
-        let (moved, report) = move_on(&uvmm, vm, &format!("host-{trip}"));
+        let (moved, report) = uvmm.move_on(vm, &format!("host-{trip}"), &[]).unwrap();
         vm = moved;
-        let now = pages_checked(&mut vm);
-        assert!(now > checked, "the workload does not go on after migration {trip}");
-        checked = now;
+        checked = vm.works_on(checked).unwrap();
         println!("migration {trip}: {:.0} ms down, {} rounds", report.downtime_ms, report.rounds);
     }
     let new = complaints(&mut vm).difference(&at_home).cloned().collect::<Vec<_>>();
@@ -73,10 +60,7 @@ fn a_destination_that_dies_midway_leaves_the_guest_running() {
     let before = pages_checked(&mut vm);
     let (mut incoming, address) = uvmm.incoming("incoming").unwrap();
     // So slow that it cannot be over when the destination dies.
-    let arguments =
-        ["migrate", "--vm", "source", "--to", &address, "--json", "--bandwidth-limit", "4M"];
-    let child =
-        uvmm.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let child = uvmm.begin_to_migrate(&vm, &address, &["--bandwidth-limit", "4M"]).unwrap();
     uvmm.until_it_copies("source").unwrap();
     incoming.kill();
     let report = Report::of(child, SHORT).unwrap();
@@ -84,7 +68,7 @@ fn a_destination_that_dies_midway_leaves_the_guest_running() {
     assert!(pages_checked(&mut vm) > before);
     // And it is as fit to migrate as before.
     drop(incoming);
-    let (mut moved, _) = move_on(&uvmm, vm, "second");
+    let (mut moved, _) = uvmm.move_on(vm, "second", &[]).unwrap();
     assert!(pages_checked(&mut moved) > before);
 }
 
@@ -95,14 +79,52 @@ fn a_cancelled_migration_leaves_the_guest_running() {
     let mut vm = loaded_guest(&uvmm, "source");
     let before = pages_checked(&mut vm);
     let (_incoming, address) = uvmm.incoming("incoming").unwrap();
-    let arguments =
-        ["migrate", "--vm", "source", "--to", &address, "--json", "--bandwidth-limit", "4M"];
-    let child =
-        uvmm.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let child = uvmm.begin_to_migrate(&vm, &address, &["--bandwidth-limit", "4M"]).unwrap();
     uvmm.until_it_copies("source").unwrap();
     assert!(uvmm.call(&["cancel", "--vm", "source"]).unwrap().0.success());
     assert_eq!(Report::of(child, SHORT).unwrap().status, "cancelled");
     assert!(pages_checked(&mut vm) > before);
+}
+
+/// Huge pages of the lab host, given back when dropped.
+struct HugePages;
+
+impl HugePages {
+    const DIR: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+    fn reserve(count: u64) -> Self {
+        fs::write(format!("{}/nr_hugepages", Self::DIR), count.to_string()).unwrap();
+        assert_eq!(Self.free(), count, "the lab host cannot spare so many");
+        Self
+    }
+
+    fn free(&self) -> u64 {
+        let free = fs::read_to_string(format!("{}/free_hugepages", Self::DIR)).unwrap();
+        free.trim().parse().unwrap()
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _left_as_it_is = fs::write(format!("{}/nr_hugepages", Self::DIR), "0");
+    }
+}
+
+#[test]
+fn a_guest_whose_memory_is_huge_pages_moves_to_others() {
+    inside_lab!();
+    let huge_pages = HugePages::reserve(130);
+    let uvmm = Uvmm::new().unwrap();
+    let arguments = ["--memory", "128M", "--hugepages", "2M"];
+    let mut vm = uvmm.working_guest("source", &arguments, 8, 1).unwrap();
+    assert!((20..=66).contains(&huge_pages.free()), "{} are left", huge_pages.free());
+    let before = pages_checked(&mut vm);
+    let (mut there, address) = uvmm.incoming_with("there", &["--hugepages", "2M"]).unwrap();
+    let report = uvmm.migrate(&vm, &address).unwrap();
+    assert_eq!(report.status, "completed", "{report:?}");
+    assert!(vm.wait(SHORT).unwrap().success());
+    there.works_on(before).unwrap();
+    assert!((20..=130 - 20).contains(&huge_pages.free()), "{} are left", huge_pages.free());
 }
 
 #[test]

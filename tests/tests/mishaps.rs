@@ -4,14 +4,14 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::inside_lab;
-use tests::network::{Alias, Relay};
+use tests::network::{Alias, GUEST_DRIVER, Relay};
 use tests::vm::{Report, SHORT, Uvmm, Vm, text};
 
 /// `--device` for the function that `variable` names.
@@ -22,13 +22,9 @@ fn device(variable: &str) -> String {
 /// Boots a guest with `VF0`, and joins the network.
 fn networked(uvmm: &Uvmm, driver: &str) -> Vm {
     let mut vm = uvmm.guest("", &["--device", &device("VF0")]).unwrap();
-    vm.says(&format!("{driver} insmod /modules/igbvf.ko")).unwrap();
-    vm.joins_network().unwrap();
+    vm.joins_network_after(driver).unwrap();
     vm
 }
-
-/// The guest driver, before the card's own.
-const DRIVER: &str = "insmod /modules/uvmm_bridge.ko && ";
 
 /// A migration under way, and the lines that it prints about what it does.
 struct Journey {
@@ -38,9 +34,7 @@ struct Journey {
 
 impl Journey {
     fn begin(uvmm: &Uvmm, vm: &Vm, address: &str) -> Self {
-        let arguments = ["migrate", "--vm", &vm.name, "--to", address, "--streams", "1", "--json"];
-        let mut command = uvmm.command(arguments);
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = uvmm.begin_to_migrate(vm, address, &["--streams", "1"]).unwrap();
         let errors = BufReader::new(child.stderr.take().unwrap());
         let (sender, lines) = channel();
         let tell = move || {
@@ -111,8 +105,11 @@ enum Fault {
     Cancelled,
     /// The host of the destination takes the function away.
     Taken,
+    /// The guest unloads the guest driver.
+    Unloaded,
 }
 
+/// What goes wrong whatever the guest has.
 const FAULTS: [Fault; 4] = [Fault::Killed, Fault::Cut, Fault::Cancelled, Fault::Taken];
 
 /// When nothing is passed on to the destination any more, so that a step stays the last one.
@@ -133,7 +130,7 @@ const UNPLUG: &str = "unplug net0";
 
 /// Migrates the guest, and has `fault` come when it is at `step`; gives the report and what became
 /// of the destination.
-fn go_wrong(uvmm: &Uvmm, vm: &Vm, held: Held, step: &str, fault: Fault) -> (Report, Vm) {
+fn go_wrong(uvmm: &Uvmm, vm: &mut Vm, held: Held, step: &str, fault: Fault) -> (Report, Vm) {
     let name = format!("{fault:?}-{}", step.replace(' ', "-"));
     let (mut there, address) = uvmm.incoming_with(&name, &["--device", &device("VF1")]).unwrap();
     let relay = Relay::to(&address).unwrap();
@@ -154,6 +151,7 @@ fn go_wrong(uvmm: &Uvmm, vm: &Vm, held: Held, step: &str, fault: Fault) -> (Repo
         Fault::Cut => relay.cut(),
         Fault::Cancelled => cancel(uvmm),
         Fault::Taken => Taken::begin("VF1").give_back(),
+        Fault::Unloaded => assert_eq!(vm.says("rmmod uvmm_bridge").unwrap(), ""),
     }
     relay.release();
     if (step, fault) == (GIVE, Fault::Killed) {
@@ -167,6 +165,9 @@ fn cancel(uvmm: &Uvmm) {
     assert!(status.success(), "{errors}");
 }
 
+/// Where the guest finds the bridge's migration block, from byte 104.
+const BLOCK: &str = "/sys/bus/pci/devices/0000:00:01.0/config";
+
 /// The guest runs here with its function, and nothing is left of what was begun.
 fn is_as_before(uvmm: &Uvmm, vm: &mut Vm) {
     vm.pings().unwrap();
@@ -176,8 +177,7 @@ fn is_as_before(uvmm: &Uvmm, vm: &mut Vm) {
     assert_eq!(stands, ["running", "net0", "enabled", "on"], "{info}");
     // What was wanted of the guest (but for the bit that says that it changed), what it was asked
     // to pause, what it paused.
-    let block = "/sys/bus/pci/devices/0000:00:01.0/config";
-    let said = vm.says(&format!("od -An -tx4 -j104 -N16 {block}")).unwrap();
+    let said = vm.says(&format!("od -An -tx4 -j104 -N16 {BLOCK}")).unwrap();
     let words: Vec<_> =
         said.split_whitespace().map(|word| u32::from_str_radix(word, 16).unwrap()).collect();
     let [status, _, asked, paused] = words[..] else { panic!("{said}") };
@@ -191,7 +191,7 @@ fn at_whichever_step_of_a_pause_something_goes_wrong_the_guest_has_its_function_
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let _alias = Alias::give("PF1", 0).unwrap();
-    let mut vm = networked(&uvmm, DRIVER);
+    let mut vm = networked(&uvmm, GUEST_DRIVER);
     for (held, step) in [
         (Held::From(DIRTY), DIRTY),
         (Held::From(COPY), COPY),
@@ -199,7 +199,7 @@ fn at_whichever_step_of_a_pause_something_goes_wrong_the_guest_has_its_function_
         (Held::From(PAUSE), STAY),
         (Held::FromAnswerAfter(PAUSE), GIVE),
     ] {
-        for fault in FAULTS {
+        for fault in FAULTS.into_iter().chain([Fault::Unloaded]) {
             let since = Instant::now();
             if (step, fault) == (GIVE, Fault::Cancelled) {
                 continue; // it is too late, see below
@@ -207,7 +207,10 @@ fn at_whichever_step_of_a_pause_something_goes_wrong_the_guest_has_its_function_
             if matches!((step, fault), (DIRTY, Fault::Taken) | (STAY, Fault::Taken | Fault::Cut)) {
                 continue; // as while memory is copied, and while it pauses
             }
-            let (report, _there) = go_wrong(&uvmm, &vm, held, step, fault);
+            if fault == Fault::Unloaded && ![DIRTY, COPY].contains(&step) {
+                continue; // it pauses or stands still, see the next test
+            }
+            let (report, _there) = go_wrong(&uvmm, &mut vm, held, step, fault);
             let error = report.error.unwrap_or_default();
             let expected = match (step, fault) {
                 (GIVE, Fault::Killed) => "undecided",
@@ -224,12 +227,16 @@ fn at_whichever_step_of_a_pause_something_goes_wrong_the_guest_has_its_function_
                 assert!(error.contains("its host wants the device net0"), "{step}: {error}");
             }
             is_as_before(&uvmm, &mut vm);
+            if fault == Fault::Unloaded {
+                assert!(error.contains("no longer tells"), "{step}: {error}");
+                vm.joins_network_after(&format!("rmmod igbvf && {GUEST_DRIVER}")).unwrap();
+            }
             println!("{step}, {fault:?}: {expected} ({error}) {:.1?}", since.elapsed());
         }
     }
     // Once it is given away it goes, whatever anybody wishes.
     let held = Held::FromAnswerAfter(PAUSE);
-    let (report, mut there) = go_wrong(&uvmm, &vm, held, GIVE, Fault::Cancelled);
+    let (report, mut there) = go_wrong(&uvmm, &mut vm, held, GIVE, Fault::Cancelled);
     assert_eq!(report.status, "completed", "{report:?}");
     assert!(vm.wait(SHORT).unwrap().success());
     there.pings().unwrap();
@@ -242,7 +249,7 @@ fn whatever_goes_wrong_while_a_function_is_unplugged_the_guest_has_it_again() {
     let mut vm = networked(&uvmm, "");
     for fault in FAULTS {
         let since = Instant::now();
-        let (report, _there) = go_wrong(&uvmm, &vm, Held::From(UNPLUG), UNPLUG, fault);
+        let (report, _there) = go_wrong(&uvmm, &mut vm, Held::From(UNPLUG), UNPLUG, fault);
         let error = report.error.unwrap_or_default();
         let expected = if fault == Fault::Cancelled { "cancelled" } else { "failed" };
         assert_eq!(report.status, expected, "{fault:?}: {error}");
@@ -250,11 +257,40 @@ fn whatever_goes_wrong_while_a_function_is_unplugged_the_guest_has_it_again() {
         println!("{fault:?}: {expected} ({error}) {:.1?}", since.elapsed());
     }
     // It is out.
-    let (report, _there) = go_wrong(&uvmm, &vm, Held::From(COPY), COPY, Fault::Taken);
-    let error = report.error.unwrap_or_default();
-    assert!(error.contains("its host wants the device net0"), "{error}");
-    vm.joins_network().unwrap();
-    is_as_before(&uvmm, &mut vm);
+    for fault in FAULTS {
+        let (report, _there) = go_wrong(&uvmm, &mut vm, Held::From(COPY), COPY, fault);
+        assert_ne!(report.status, "completed", "{fault:?}");
+        vm.joins_network().unwrap();
+        is_as_before(&uvmm, &mut vm);
+    }
+}
+
+#[test]
+fn a_guest_driver_that_is_unloaded_while_it_pauses_takes_nothing_with_it() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let _alias = Alias::give("PF1", 0).unwrap();
+    let mut vm = networked(&uvmm, GUEST_DRIVER);
+    let asked = format!("od -An -tx4 -j112 -N4 {BLOCK} | grep -q [1-9]");
+    let unload = "rmmod uvmm_bridge; echo $? > /run/unloaded";
+    vm.says(&format!("(until {asked}; do :; done; {unload}) > /dev/null 2>&1 &")).unwrap();
+    let (mut there, address) = uvmm.incoming_with("there", &["--device", &device("VF1")]).unwrap();
+    let report = uvmm.migrate(&vm, &address).unwrap();
+    println!("{}: {:?} {:?}", report.status, report.devices, report.error);
+    let runs = match &*report.status {
+        "completed" => {
+            assert!(vm.wait(SHORT).unwrap().success());
+            &mut there
+        }
+        _ => &mut vm,
+    };
+    if report.status == "completed" && report.devices[0].strategy == "evict" {
+        runs.joins_network().unwrap();
+    }
+    runs.pings().unwrap();
+    runs.until("[ -e /run/unloaded ]").unwrap();
+    assert_eq!(runs.says("cat /run/unloaded").unwrap(), "0");
+    assert_eq!(runs.says("grep uvmm_bridge /proc/modules | wc -l").unwrap(), "0");
 }
 
 #[test]
@@ -281,15 +317,14 @@ fn booting() -> [String; 6] {
 /// Waits until a guest that restarted takes commands, and gives it the driver of its card.
 fn boots_again(vm: &mut Vm) {
     vm.booted().unwrap();
-    vm.says("insmod /modules/igbvf.ko").unwrap();
-    vm.joins_network().unwrap();
+    vm.joins_network_after("").unwrap();
 }
 
 #[test]
 fn a_guest_that_restarts_on_its_way_has_its_function_again() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
-    let mut vm = networked(&uvmm, DRIVER);
+    let mut vm = networked(&uvmm, GUEST_DRIVER);
     // It restarts while memory is copied.
     let (first, address) = uvmm.incoming_with("first", &["--device", &device("VF1")]).unwrap();
     let relay = Relay::to(&address).unwrap();

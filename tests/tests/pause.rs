@@ -2,11 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use tests::inside_lab;
-use tests::network::{Alias, Bulk, GUEST_IP, Pinger};
+use tests::network::{Alias, Bulk, GUEST_DRIVER, GUEST_IP, Pinger};
 use tests::vm::{Report, SHORT, Uvmm, Vm, text};
 
 /// Migrations in a row.
@@ -22,45 +21,20 @@ fn device(id: &str, variable: &str) -> String {
 /// Boots a guest with `VF0`, and joins the network.
 fn networked(uvmm: &Uvmm, more: &str, driver: &str, arguments: &[&str]) -> Vm {
     let mut vm = uvmm.guest(more, arguments).unwrap();
-    vm.says(&format!("{driver} insmod /modules/igbvf.ko")).unwrap();
-    vm.joins_network().unwrap();
+    vm.joins_network_after(driver).unwrap();
     vm
 }
 
 /// Rewrites memory and checks it.
 const LOAD: &str = "guest-load 8 1 /run/load > /dev/null & sleep 2";
-/// The guest driver, before the card's own.
-const DRIVER: &str = "insmod /modules/uvmm_bridge.ko && ";
-
-/// Moves the guest; the old process must have ended well.
-fn move_on(uvmm: &Uvmm, mut from: Vm, to: &str, devices: &[&str]) -> (Vm, Report) {
-    let devices: Vec<_> = devices.iter().flat_map(|device| ["--device", device]).collect();
-    let (vm, address) = uvmm.incoming_with(to, &devices).unwrap();
-    let report = uvmm.migrate(&from, &address).unwrap();
-    let errors = [from.errors().unwrap(), vm.errors().unwrap()].concat();
-    assert_eq!(report.status, "completed", "{report:?}\n{errors}");
-    assert_eq!(from.wait(SHORT).unwrap().code(), Some(0), "{errors}");
-    (vm, report)
-}
-
-/// How each device moved, as `net0=pause`.
-fn ways(report: &Report) -> Vec<String> {
-    report.devices.iter().map(|device| format!("{}={}", device.id, device.strategy)).collect()
-}
-
-/// How long the guest's driver took to suspend and resume, as it said itself last, in milliseconds.
-fn drivers_own_time(vm: &mut Vm) -> f64 {
-    let said = vm.says("dmesg | grep -oE '(paused|resumed) in [0-9]+' | tail -2").unwrap();
-    said.split_whitespace().filter_map(|word| word.parse::<f64>().ok()).sum()
-}
 
 /// How long the rest of the network cannot reach a stock guest that moves.
 fn outage_of_eviction(uvmm: &Uvmm) -> Duration {
     let mut vm = networked(uvmm, "", "", &["--device", &device("net0", "VF0")]);
     vm.says(LOAD).unwrap();
     let pinger = Pinger::start(GUEST_IP, OFTEN).unwrap();
-    let (mut vm, report) = move_on(uvmm, vm, "evicted", &[&device("net0", "VF1")]);
-    assert_eq!(ways(&report), ["net0=evict"]);
+    let (mut vm, report) = uvmm.move_on(vm, "evicted", &[&device("net0", "VF1")]).unwrap();
+    assert_eq!(report.ways(), ["net0=evict"]);
     vm.joins_network().unwrap();
     pinger.finish().unwrap().outage
 }
@@ -71,28 +45,25 @@ fn a_paused_function_keeps_its_connections_from_trip_to_trip() {
     let uvmm = Uvmm::new().unwrap();
     let evicted = outage_of_eviction(&uvmm);
     let _alias = Alias::give("PF1", 0).unwrap();
-    let mut vm = networked(&uvmm, "", DRIVER, &["--device", &device("net0", "VF0")]);
+    let mut vm = networked(&uvmm, "", GUEST_DRIVER, &["--device", &device("net0", "VF0")]);
     vm.says(LOAD).unwrap();
     let bulk = Bulk::start(&mut vm).unwrap();
-    println!("| trip | outage | paused | the driver's own | stopped |");
-    println!("| evicted | {evicted:.0?} | | | |");
-    let (mut shares, mut outages) = (Vec::new(), Vec::new());
+    println!("| trip | outage | paused | stopped |");
+    println!("| evicted | {evicted:.0?} | | |");
+    let mut outages = Vec::new();
     for (trip, function) in (1..=TRIPS).zip(["VF1", "VF0"].into_iter().cycle()) {
         let pinger = Pinger::start(GUEST_IP, OFTEN).unwrap();
         let name = format!("host-{trip}");
-        let (moved, report) = move_on(&uvmm, vm, &name, &[&device("net0", function)]);
+        let (moved, report) = uvmm.move_on(vm, &name, &[&device("net0", function)]).unwrap();
         vm = moved;
-        assert_eq!(ways(&report), ["net0=pause"]);
+        assert_eq!(report.ways(), ["net0=pause"]);
         vm.pings().unwrap();
         let outage = pinger.finish().unwrap().outage;
-        let (paused, own) = (report.devices[0].paused_ms, drivers_own_time(&mut vm));
-        println!("| {trip} | {outage:.0?} | {paused} ms | {own} ms | {} ms |", report.downtime_ms);
-        shares.push(paused / own);
+        let (paused, stopped) = (report.devices[0].paused_ms, report.downtime_ms);
+        println!("| {trip} | {outage:.0?} | {paused} ms | {stopped} ms |");
         outages.push(outage);
     }
-    shares.sort_by(f64::total_cmp);
     outages.sort();
-    println!("median: paused for {:.1} times the driver's own time", shares[TRIPS / 2]);
     // A late wake-up of an emulated processor that others share says nothing.
     let outage = outages[TRIPS / 4];
     assert!(outage * 10 <= evicted, "{outage:?} is much beside {evicted:?}");
@@ -108,12 +79,12 @@ fn two_processors_that_bounce_all_dma_move_as_well() {
     let uvmm = Uvmm::new().unwrap();
     let _alias = Alias::give("PF1", 0).unwrap();
     let arguments = ["--cpus", "2", "--device", &device("net0", "VF0")];
-    let mut vm = networked(&uvmm, "swiotlb=force", DRIVER, &arguments);
+    let mut vm = networked(&uvmm, "swiotlb=force", GUEST_DRIVER, &arguments);
     let bulk = Bulk::start(&mut vm).unwrap();
-    let (vm, report) = move_on(&uvmm, vm, "there", &[&device("net0", "VF1")]);
-    assert_eq!(ways(&report), ["net0=pause"]);
-    let (mut vm, report) = move_on(&uvmm, vm, "back", &[&device("net0", "VF0")]);
-    assert_eq!(ways(&report), ["net0=pause"]);
+    let (vm, report) = uvmm.move_on(vm, "there", &[&device("net0", "VF1")]).unwrap();
+    assert_eq!(report.ways(), ["net0=pause"]);
+    let (mut vm, report) = uvmm.move_on(vm, "back", &[&device("net0", "VF0")]).unwrap();
+    assert_eq!(report.ways(), ["net0=pause"]);
     vm.pings().unwrap();
     assert!(bulk.finish(&mut vm).unwrap() > 0);
 }
@@ -129,8 +100,8 @@ fn a_guest_that_bounces_all_dma_keeps_its_function_while_memory_is_copied() {
     assert!(plan.contains("release  unplug net0") && !plan.contains("precopy"), "{plan}");
     assert!(plan.contains("net0: evict: the guest bounces all DMA"), "{plan}");
     drop(_there);
-    let (mut vm, report) = move_on(&uvmm, vm, "second", &[&device("net0", "VF1")]);
-    assert_eq!(ways(&report), ["net0=evict"]);
+    let (mut vm, report) = uvmm.move_on(vm, "second", &[&device("net0", "VF1")]).unwrap();
+    assert_eq!(report.ways(), ["net0=evict"]);
     vm.joins_network().unwrap();
 }
 
@@ -141,12 +112,10 @@ fn one_function_is_paused_and_another_evicted() {
     let _alias = Alias::give("PF1", 0).unwrap();
     let other = format!("{},slot=3,strategy=evict", device("net1", "VF2"));
     let arguments = ["--device", &device("net0", "VF0"), "--device", &other];
-    let vm = networked(&uvmm, "", DRIVER, &arguments);
+    let vm = networked(&uvmm, "", GUEST_DRIVER, &arguments);
     let devices = [device("net0", "VF1"), device("net1", "VF3")];
-    let (mut vm, report) = move_on(&uvmm, vm, "there", &[&devices[0], &devices[1]]);
-    let mut ways = ways(&report);
-    ways.sort();
-    assert_eq!(ways, ["net0=pause", "net1=evict"]);
+    let (mut vm, report) = uvmm.move_on(vm, "there", &[&devices[0], &devices[1]]).unwrap();
+    assert_eq!(report.ways(), ["net0=pause", "net1=evict"]);
     vm.pings().unwrap();
     vm.until("[ -d /sys/bus/pci/devices/0000:01:03.0/net ]").unwrap();
     assert_eq!(vm.errors().unwrap(), "");
@@ -158,13 +127,6 @@ fn dry_run(uvmm: &Uvmm, address: &str) -> String {
     let (status, plan, errors) = uvmm.call(&arguments).unwrap();
     assert!(status.success(), "{errors}");
     plan
-}
-
-/// Starts to migrate the guest to `address`, with more on the command line.
-fn begin(uvmm: &Uvmm, address: &str, more: &[&str]) -> Child {
-    let arguments = [&["migrate", "--vm", "guest", "--to", address, "--json"], more].concat();
-    let mut command = uvmm.command(arguments);
-    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 /// A function of the lab host that VFIO has as well, and that is no NIC: given back when dropped.
@@ -202,7 +164,7 @@ fn a_guest_that_cannot_go_or_breaks_its_promise_keeps_its_function() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let _alias = Alias::give("PF1", 0).unwrap();
-    let mut vm = networked(&uvmm, "", DRIVER, &["--device", &device("net0", "VF0")]);
+    let mut vm = networked(&uvmm, "", GUEST_DRIVER, &["--device", &device("net0", "VF0")]);
     let bulk = Bulk::start(&mut vm).unwrap();
     let there = device("net0", "VF1");
 
@@ -220,7 +182,7 @@ fn a_guest_that_cannot_go_or_breaks_its_promise_keeps_its_function() {
     let (incoming, address) = uvmm.incoming_with("betrayed", &["--device", &there]).unwrap();
     let plan = dry_run(&uvmm, &address);
     assert!(plan.contains("release  have the guest pause net0"), "{plan}");
-    let child = begin(&uvmm, &address, &["--bandwidth-limit", "16M"]);
+    let child = uvmm.begin_to_migrate(&vm, &address, &["--bandwidth-limit", "16M"]).unwrap();
     uvmm.until_it_copies("guest").unwrap();
     vm.says("rmmod uvmm_bridge").unwrap();
     let report = Report::of(child, SHORT).unwrap();
@@ -254,7 +216,7 @@ fn a_guest_that_never_answers_is_asked_to_let_go_or_stays_as_the_user_chose() {
 
     let mut vm = networked(&uvmm, "", "", &["--device", &device("net0", "VF0")]);
     vm.says(LIE).unwrap();
-    let (mut vm, report) = move_on(&uvmm, vm, "evicted", &[&device("net0", "VF1")]);
-    assert_eq!(ways(&report), ["net0=evict"]);
+    let (mut vm, report) = uvmm.move_on(vm, "evicted", &[&device("net0", "VF1")]).unwrap();
+    assert_eq!(report.ways(), ["net0=evict"]);
     vm.joins_network().unwrap();
 }

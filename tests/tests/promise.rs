@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -29,9 +29,7 @@ const PASSES: [&str; 4] = ["--bandwidth-limit", "32M", "--downtime-limit", "30ms
 fn boot(uvmm: &Uvmm, more: &str, parameters: &str) -> Vm {
     let device = format!("vfio,id=net0,host={}", text("VF0").unwrap());
     let mut vm = uvmm.guest(more, &["--device", &device]).unwrap();
-    vm.says(&format!("insmod /modules/uvmm_bridge.ko {parameters}")).unwrap();
-    vm.says("insmod /modules/igbvf.ko").unwrap();
-    vm.joins_network().unwrap();
+    vm.joins_network_after(&format!("insmod /modules/uvmm_bridge.ko {parameters} &&")).unwrap();
     vm
 }
 
@@ -87,10 +85,7 @@ fn sums(more: &str, parameters: &str) -> (String, String) {
     let device = format!("vfio,id=net0,host={}", text("VF1").unwrap());
     let (mut vm, address) = uvmm.incoming_with("there", &["--device", &device]).unwrap();
     let relay = Relay::to(&address).unwrap();
-    let to = relay.address();
-    let mut command = uvmm.command(["migrate", "--vm", "guest", "--to", &to, "--json"]);
-    command.args(PASSES);
-    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let child = uvmm.begin_to_migrate(&from, &relay.address(), &PASSES).unwrap();
     let pass = hold_after_all_was_sent_once(&uvmm, &relay);
     let sent = trickle(&mut streams);
     from.says("kill $(pidof guest-load)").unwrap();

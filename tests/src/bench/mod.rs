@@ -2,6 +2,7 @@
 pub mod boot;
 pub mod handover;
 pub mod migration;
+pub mod passthrough;
 mod pulse;
 mod qmp;
 mod raw;

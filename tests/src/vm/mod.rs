@@ -1,4 +1,5 @@
 //! Guests run by `uvmm`, driven the way a user drives them: by the command line and the serial line.
+mod moving;
 mod report;
 mod serial;
 mod work;
@@ -179,17 +180,6 @@ impl Uvmm {
             thread::sleep(Duration::from_millis(20));
         };
         Ok(Vm { name: name.into(), serial, process, errors })
-    }
-
-    /// Migrates `from` to the VM that waits at `address`.
-    ///
-    /// # Errors
-    /// If `uvmm migrate` does not end in time or says no report; a migration that failed has one.
-    pub fn migrate(&self, from: &Vm, address: &str) -> Result<Report> {
-        let mut command = self.command(["migrate", "--vm", &from.name, "--to", address, "--json"]);
-        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-        let child = child.context(|| "cannot run uvmm migrate".into())?;
-        Report::of(child, Duration::from_secs(300))
     }
 
     /// Runs `uvmm` with `arguments` to its end; gives the status, stdout and stderr.

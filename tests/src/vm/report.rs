@@ -42,6 +42,18 @@ pub struct Device {
 }
 
 impl Report {
+    /// How each device moved, in the order of their names, as `net0=pause`.
+    #[must_use]
+    pub fn ways(&self) -> Vec<String> {
+        let mut ways: Vec<_> = self
+            .devices
+            .iter()
+            .map(|device| format!("{}={}", device.id, device.strategy))
+            .collect();
+        ways.sort();
+        ways
+    }
+
     /// Waits for `uvmm migrate --json` and reads its report.
     ///
     /// # Errors
