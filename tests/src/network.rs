@@ -57,7 +57,9 @@ impl Vm {
         self.says(down)?;
         self.says(&format!("ip link set {name} up && ip address replace {own}/24 dev {name}"))?;
         // There is a link some time after the NIC came up.
-        self.until(&format!("ping -c 1 -W 1 {} > /dev/null", text("PEER_IP")?))?;
+        let reached = format!("ping -c 1 -W 1 {} > /dev/null", text("PEER_IP")?);
+        let why = "dmesg | tail -n 20; ip -s link; exit 1";
+        self.says(&format!("for i in $(seq 40); do {reached} && exit 0; done; {why}"))?;
         Ok(name)
     }
 

@@ -1,7 +1,7 @@
 //! The slots of a bridge as the host handles them: cards go in and come out by asking the guest.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::registers::{FIRST_DEVICE, FIRST_NUMBER};
 use super::request::{Progress, Wish};
@@ -9,6 +9,10 @@ use super::slot::{Led, State, View};
 use crate::pci::PciFunction;
 use crate::pci::bridge::{BlockView, SlotBridge, SlotEvents};
 use crate::pci::topology::{BusId, Place, PlaceError, Topology};
+
+/// How long a driver takes at most to handle an interrupt, on a host that has much else to do.
+const HANDLING: Duration = Duration::from_secs(3);
+const GLANCE: Duration = Duration::from_millis(10);
 
 /// Why a card does not go in or come out. Slots are named by the number that the guest knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -127,6 +131,24 @@ impl Slots {
             let view = shpc.view(index).ok_or(SlotError::NoSlot(number))?;
             Ok(Status { number, view, listening: shpc.hears_button(index), request })
         })
+    }
+
+    /// Whether the guest's driver hears the button of slot `number`, or comes to within a moment:
+    /// while it handles an interrupt it masks all of them (Linux: `shpc_isr`).
+    ///
+    /// # Errors
+    /// There is no such slot.
+    pub fn comes_to_listen(&self, number: u8) -> Result<bool, SlotError> {
+        let deadline = Instant::now() + HANDLING;
+        loop {
+            if self.status(number)?.listening {
+                return Ok(true);
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            let _ = self.wait(self.changes(), deadline.min(Instant::now() + GLANCE));
+        }
     }
 
     /// The lowest slot that is empty.

@@ -108,11 +108,12 @@ impl Leaving {
         let mut chosen = Vec::new();
         for device in &self.traits.devices {
             let Some(slot) = self.machine.assigned().slot(&device.id) else { continue };
+            let runs = self.machine.is_running();
             let choice = choose(
                 device,
                 Abilities {
-                    runs: self.machine.is_running(),
-                    hears_button: slots.status(slot)?.listening,
+                    runs,
+                    hears_button: runs && slots.comes_to_listen(slot)?,
                     dirties: block.dirtying_active,
                     bounces: self.traits.bounces,
                     pauses: block.can_pause,

@@ -80,7 +80,9 @@ pub(crate) fn put_in(
     function: Arc<dyn PciFunction>,
 ) -> Result<(), (Error, Left)> {
     let (slots, number) = (asking.slots, asking.number);
-    slots.plug(number, function).map_err(|error| (error.into(), Left::Nothing))?;
+    let plugged = heard(slots, number, || slots.plug(number, function.clone()));
+    drop(function);
+    plugged.map_err(|error| (error.into(), Left::Nothing))?;
     let Err(error) = asking.wait() else { return Ok(()) };
     // Wrong number or none: neither can be, it went in.
     let _ = slots.give_up(number);
@@ -104,12 +106,24 @@ pub(crate) fn ask_back(asking: Asking<'_>) -> Result<(), (Error, Left)> {
 /// was.
 pub(crate) fn take_back(mut asking: Asking<'_>) -> Result<Arc<dyn PciFunction>, (Error, Left)> {
     let (slots, number) = (asking.slots, asking.number);
-    slots.ask_back(number).map_err(|error| (error.into(), Left::Card))?;
+    heard(slots, number, || slots.ask_back(number)).map_err(|error| (error.into(), Left::Card))?;
     if let Err(error) = asking.wait() {
         let _ = slots.give_up(number);
         return Err((error, Left::Card));
     }
     slots.take_out(number).map_err(|error| (error.into(), Left::Card))
+}
+
+/// Asks, and once more if the guest did not listen just then but does in a moment.
+fn heard(
+    slots: &Slots,
+    number: u8,
+    mut ask: impl FnMut() -> Result<(), SlotError>,
+) -> Result<(), SlotError> {
+    match ask() {
+        Err(SlotError::Deaf(_)) if slots.comes_to_listen(number)? => ask(),
+        asked => asked,
+    }
 }
 
 /// Drops `function`, and waits until the last access that began before is over.

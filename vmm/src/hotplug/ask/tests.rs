@@ -215,6 +215,33 @@ fn a_guest_that_was_busy_is_asked_again() {
 }
 
 #[test]
+fn a_guest_that_handles_an_interrupt_is_asked_when_it_has() {
+    let (bench, card) = (Bench::new(), Arc::new(Bare));
+    let masks = || bench.drive(SERR_INT, &[1, 0, 0, 0]);
+    masks();
+    let (result, _) = bench.with_guest(&[], LONG, |asking| put_in(asking, card.clone()));
+    assert!(matches!(result, Err((Error::Slot(SlotError::Deaf(1)), Left::Nothing))), "{result:?}");
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(SHORT);
+            bench.drive(SERR_INT, &[0; 4]);
+            bench.answer(&[&HEARS[..], &TAKES].concat());
+        });
+        bench.plug(&card, &[], LONG).0.unwrap();
+    });
+    drop(card);
+    masks();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(SHORT);
+            bench.drive(SERR_INT, &[0; 4]);
+            bench.answer(&[&HEARS[..], &LETS_GO].concat());
+        });
+        bench.with_guest(&[], LONG, ask_back).0.unwrap();
+    });
+}
+
+#[test]
 fn a_guest_that_ignores_the_button_gets_no_device() {
     let bench = Bench::new();
     let weak = {
