@@ -11,7 +11,8 @@ use std::thread::{Builder, scope};
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-use super::{DirtySet, PAGE, PAGE_BYTES, PageBitmap, Ram, Run, Window, holes};
+use super::holes::Holes;
+use super::{DirtySet, PAGE, PAGE_BYTES, PageBitmap, Ram, Run, Window};
 use crate::error::Error;
 use crate::patience::Cancel;
 use crate::wire::{Channel, FRAME_LIMIT, Lanes, Pace, PeerError, Stream, culprit};
@@ -175,13 +176,11 @@ fn pieces<'a>(
     most: u64,
     forget: impl FnMut(&Window<'a>) -> bool + 'a,
 ) -> impl Iterator<Item = (Run, bool)> + 'a {
-    let (ram, untouched) = (pass.ram, pass.untouched);
+    let (mut holes, untouched) = (Holes::of(pass.ram), pass.untouched);
     let windows = pass.pages.windows(WINDOW).take_while(forget);
-    let parts = windows.flat_map(Window::runs).flat_map(move |run| {
-        let (known, unknown) = if untouched { (None, Some(run)) } else { (Some(run), None) };
-        let parts = unknown.into_iter().flat_map(|run| holes::parts(ram, run));
-        known.into_iter().map(|run| (run, true)).chain(parts)
-    });
+    let parts = windows
+        .flat_map(Window::runs)
+        .flat_map(move |run| if untouched { holes.parts(run) } else { vec![(run, true)] });
     parts.flat_map(move |(run, touched)| {
         let most = if touched { most } else { run.len };
         chunks(run, most).map(move |run| (run, touched))
