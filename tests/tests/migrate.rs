@@ -94,8 +94,9 @@ impl HugePages {
 
     fn reserve(count: u64) -> Self {
         fs::write(format!("{}/nr_hugepages", Self::DIR), count.to_string()).unwrap();
-        assert_eq!(Self.free(), count, "the lab host cannot spare so many");
-        Self
+        let reserved = Self;
+        assert_eq!(reserved.free(), count, "the lab host cannot spare so many");
+        reserved
     }
 
     fn free(&self) -> u64 {
@@ -113,18 +114,21 @@ impl Drop for HugePages {
 #[test]
 fn a_guest_whose_memory_is_huge_pages_moves_to_others() {
     inside_lab!();
-    let huge_pages = HugePages::reserve(130);
+    const ALL: u64 = 130;
+    let huge_pages = HugePages::reserve(ALL);
     let uvmm = Uvmm::new().unwrap();
-    let arguments = ["--memory", "128M", "--hugepages", "2M"];
+    let arguments = ["--memory", "128M", "--hugepages"];
     let mut vm = uvmm.working_guest("source", &arguments, 8, 1).unwrap();
-    assert!((20..=66).contains(&huge_pages.free()), "{} are left", huge_pages.free());
+    // Linux does not touch all it has.
+    let used = || ALL - huge_pages.free();
+    assert!((20..=64).contains(&used()), "{}", used());
     let before = pages_checked(&mut vm);
-    let (mut there, address) = uvmm.incoming_with("there", &["--hugepages", "2M"]).unwrap();
+    let (mut there, address) = uvmm.incoming_with("there", &["--hugepages"]).unwrap();
     let report = uvmm.migrate(&vm, &address).unwrap();
     assert_eq!(report.status, "completed", "{report:?}");
     assert!(vm.wait(SHORT).unwrap().success());
     there.works_on(before).unwrap();
-    assert!((20..=130 - 20).contains(&huge_pages.free()), "{} are left", huge_pages.free());
+    assert!((20..=64).contains(&used()), "{}", used());
 }
 
 #[test]

@@ -270,7 +270,9 @@ fn a_guest_driver_that_is_unloaded_while_it_pauses_takes_nothing_with_it() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let _alias = Alias::give("PF1", 0).unwrap();
-    let mut vm = networked(&uvmm, GUEST_DRIVER);
+    // One processor pauses, the other unloads.
+    let mut vm = uvmm.guest("", &["--cpus", "2", "--device", &device("VF0")]).unwrap();
+    vm.joins_network_after(GUEST_DRIVER).unwrap();
     let asked = format!("od -An -tx4 -j112 -N4 {BLOCK} | grep -q [1-9]");
     let unload = "rmmod uvmm_bridge; echo $? > /run/unloaded";
     vm.says(&format!("(until {asked}; do :; done; {unload}) > /dev/null 2>&1 &")).unwrap();

@@ -1,118 +1,97 @@
-//! Keeps the processors of an emulated lab host alive.
+//! Keeps the timers of an emulated lab host's processors going.
 //!
-//! QEMU loses an interrupt now and then as guests are entered and left, such as that of a
-//! processor's timer. The processor then never programs it again, and all that sleeps there sleeps
-//! on. So the processor that runs no guests looks after the others: each has a thread that only
-//! sleeps for moments, and one whose thread does not wake up is switched off and on again, which
-//! moves what sleeps there and begins with a new timer.
+//! QEMU loses an interrupt now and then, such as that of a processor's timer. Linux does not set the
+//! timer again before the event has come that it is set for, and so all that sleeps there sleeps on;
+//! but an event that is due before all others is a reason to set it. So each processor has a thread
+//! that gives itself such an event whenever it wakes up, and wakes the threads of the others, which
+//! needs no timer of theirs.
 use std::fs;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, Builder, Thread};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, setpriority_process};
+use rustix::io::Result as Outcome;
+use rustix::process::setpriority_process;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
 
-use crate::error::{Context, Result, reading, writing};
+use crate::error::{Context, Result, reading};
 
-/// Between two looks.
 const PERIOD: Duration = Duration::from_millis(100);
-/// How long a thread may not wake up, on a machine that has much else to do.
-const PATIENCE: Duration = Duration::from_secs(3);
 /// The processors that run no guests, where the lab host is emulated; else there are none.
 const ISOLATED: &str = "/sys/devices/system/cpu/isolated";
-/// Makes the kernel's RCU ask processors instead of waiting for them.
-const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
 
-/// A processor that runs guests.
-struct Processor {
-    number: usize,
-    /// How often its thread woke up.
-    woken: Arc<AtomicU64>,
-    seen: u64,
-    since: Instant,
-}
-
-/// Starts to look after the processors where that is needed.
+/// Starts to look after the timers where that is needed.
 ///
 /// # Errors
 /// If a thread cannot be started.
 pub(super) fn start() -> Result<()> {
     let isolated = fs::read_to_string(ISOLATED).context(|| reading(ISOLATED.as_ref()))?;
-    let Ok(own) = isolated.trim().parse::<usize>() else { return Ok(()) };
-    let others = sched_getaffinity(None)
-        .map_err(std::io::Error::from)
-        .context(|| "cannot find out which processors run guests".into())?;
-    let others = (0..CpuSet::MAX_CPU).filter(|&number| others.is_set(number));
-    let mut processors = others.map(Processor::new).collect::<Result<Vec<_>>>()?;
-    // Else the end of a grace period would be told of by the processor that lost its timer.
-    fs::write(EXPEDITED, "1").context(|| writing(EXPEDITED.as_ref()))?;
-    for thread in kernel_threads() {
-        stay_on(Some(thread), own);
-    }
-    spawn("heart".into(), move || {
-        loop {
-            stay_on(None, own);
-            thread::sleep(PERIOD);
-            processors.iter_mut().for_each(Processor::look);
-        }
-    })
-}
-
-impl Processor {
-    fn new(number: usize) -> Result<Self> {
-        let woken = Arc::<AtomicU64>::default();
-        let wakes = woken.clone();
-        spawn(format!("pulse-{number}"), move || {
-            let _ = setpriority_process(None, -20);
-            loop {
-                // It was moved if the processor was switched off.
-                stay_on(None, number);
-                thread::sleep(PERIOD);
-                wakes.fetch_add(1, Ordering::Relaxed);
-            }
-        })?;
-        Ok(Self { number, woken, seen: 0, since: Instant::now() })
-    }
-
-    fn look(&mut self) {
-        let woken = self.woken.load(Ordering::Relaxed);
-        if woken != self.seen {
-            (self.seen, self.since) = (woken, Instant::now());
-        } else if self.since.elapsed() > PATIENCE {
-            self.restart();
-            self.since = Instant::now();
-        }
-    }
-
-    fn restart(&self) {
-        let switch = format!("/sys/devices/system/cpu/cpu{}/online", self.number);
-        let outcome = fs::write(&switch, "0").and_then(|()| fs::write(&switch, "1"));
-        let said = format!("lab: processor {} lost its timer: {outcome:?}\n", self.number);
-        let _ = fs::write("/dev/kmsg", said);
-    }
-}
-
-/// The kernel's threads that switching a processor off waits for: they must not sleep there.
-fn kernel_threads() -> Vec<Pid> {
-    let waited_for = |pid: &Pid| {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        name.starts_with("rcu")
+    let Ok(isolated) = isolated.trim().parse() else { return Ok(()) };
+    let cannot = || "cannot look after the processors' timers".into();
+    let mut processors = sched_getaffinity(None).map_err(std::io::Error::from).context(cannot)?;
+    processors.set(isolated);
+    let all = Arc::<OnceLock<Vec<Thread>>>::default();
+    let start = |processor: usize| {
+        let (others, timer) = (all.clone(), new_timer()?);
+        let beat = move || beat(processor, &timer, &others);
+        let thread = Builder::new().name(format!("heart-{processor}")).spawn(beat)?;
+        Ok(thread.thread().clone())
     };
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter_map(Pid::from_raw).filter(waited_for).collect()
+    let numbers = (0..CpuSet::MAX_CPU).filter(|&number| processors.is_set(number));
+    let threads = numbers.map(start).collect::<std::io::Result<_>>().context(cannot)?;
+    all.get_or_init(|| threads);
+    Ok(())
 }
 
-/// Keeps a thread, or this one, on a processor. Where that cannot be, it stays where it was.
-fn stay_on(thread: Option<Pid>, processor: usize) {
+fn beat(processor: usize, timer: &OwnedFd, all: &OnceLock<Vec<Thread>>) {
     let mut only = CpuSet::new();
     only.set(processor);
-    let _ = sched_setaffinity(thread, &only);
+    // A processor without a timer lets nobody else run who is not clearly more important.
+    let _as_usual = setpriority_process(None, -20);
+    let mut since = Instant::now();
+    loop {
+        thread::park_timeout(PERIOD.saturating_sub(since.elapsed()));
+        // Elsewhere if the processor is gone, or for as long as another says so.
+        let _elsewhere = sched_setaffinity(None, &only);
+        let _left_as_it_is = make_an_event_due(timer);
+        // Whoever was woken by another wakes nobody.
+        if since.elapsed() >= PERIOD {
+            all.get().into_iter().flatten().for_each(Thread::unpark);
+        }
+        since = Instant::now();
+    }
 }
 
-fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let cannot = || "cannot start a thread that looks after a processor".into();
-    thread::Builder::new().name(name).spawn(work).map(drop).context(cannot)
+fn new_timer() -> Outcome<OwnedFd> {
+    timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC)
+}
+
+/// Sets the timer for the moment at which the clock began.
+fn make_an_event_due(timer: &OwnedFd) -> Outcome<()> {
+    let it_value = Timespec { tv_sec: 0, tv_nsec: 1 };
+    let once = Itimerspec { it_interval: Timespec::default(), it_value };
+    timerfd_settime(timer, TimerfdTimerFlags::ABSTIME, &once).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{PollFd, PollFlags, poll};
+
+    use super::*;
+
+    #[test]
+    fn an_event_is_due_at_once_each_time() {
+        let timer = new_timer().unwrap();
+        for _ in 0..3 {
+            make_an_event_due(&timer).unwrap();
+            let moment = Timespec { tv_sec: 5, tv_nsec: 0 };
+            let due = poll(&mut [PollFd::new(&timer, PollFlags::IN)], Some(&moment)).unwrap();
+            assert_eq!(due, 1);
+        }
+    }
 }
