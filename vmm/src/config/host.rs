@@ -90,13 +90,18 @@ pub(super) fn check_memory(memory: u64, pages: Option<HugePages>) -> Result<(), 
     if !memory.is_multiple_of(page.bytes()) {
         return Err(ConfigError::MemoryNotAligned { memory: asked, step: Size(page.bytes()) });
     }
-    let free = page.free().ok_or(ConfigError::NoHugePages(page))?;
+    let free = free_pages(page)?;
     let needed = memory / page.bytes();
     if needed > free {
         let pool = page.pool().display().to_string();
         return Err(ConfigError::HugePages { memory: asked, page, needed, free, pool });
     }
     Ok(())
+}
+
+/// How many pages of this size the host can still give.
+pub(super) fn free_pages(page: HugePages) -> Result<u64, ConfigError> {
+    page.free().ok_or(ConfigError::NoHugePages(page))
 }
 
 #[cfg(test)]

@@ -201,7 +201,12 @@ impl RunConfig {
     /// The first thing that makes no VM, here or on this host.
     pub fn check(&self) -> Result<(), ConfigError> {
         self.machine.check()?;
-        self.machine.check_host(self.hugepages)?;
+        if self.incoming.is_some() || self.restore.is_some() {
+            // How much memory is needed is up to the guest that comes: it is checked then.
+            self.hugepages.map(host::free_pages).transpose()?;
+        } else {
+            self.machine.check_host(self.hugepages)?;
+        }
         if self.incoming.is_some() && self.restore.is_some() {
             return Err(ConfigError::TwoGuests);
         }
@@ -266,6 +271,15 @@ mod tests {
             let text = config.check().unwrap_err().to_string();
             assert!(text.contains(says) && !text.contains('\n'), "{text}");
         }
+    }
+
+    #[test]
+    fn how_much_memory_there_must_be_is_not_asked_before_the_guest_comes() {
+        let mut config = config(1 << 60, 1);
+        config.incoming = Some("unix:/run/somewhere".parse().unwrap());
+        config.check().unwrap();
+        config.incoming = None;
+        config.check().unwrap_err();
     }
 
     #[test]
