@@ -46,13 +46,24 @@ fn slot(uvmm: &Uvmm, number: usize) -> Value {
     uvmm.info("guest").unwrap()["slots"][number - 1].take()
 }
 
-/// The files of VFIO that uvmm holds: the container, the group, the device.
+/// The files of VFIO that uvmm holds: the container or address space, the group, the device.
 fn held(vm: &Vm) -> Vec<String> {
     let files = fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap();
     let target = |file: fs::DirEntry| Some(fs::read_link(file.path()).ok()?.display().to_string());
     let targets = files.filter_map(|file| target(file.unwrap()));
     // KVM's list of its devices is there without any.
-    targets.filter(|target| target.contains("vfio") && target != "anon_inode:kvm-vfio").collect()
+    let is_vfios = |target: &String| target.contains("vfio") || target == "/dev/iommu";
+    targets.filter(is_vfios).filter(|target| target != "anon_inode:kvm-vfio").collect()
+}
+
+/// The files by which VFIO gives the function `address`: its group's, and its own if it has one.
+fn files(address: &str) -> Vec<String> {
+    let function = Path::new("/sys/bus/pci/devices").join(address);
+    let group = fs::read_link(function.join("iommu_group")).unwrap();
+    let own = fs::read_dir(function.join("vfio-dev")).into_iter().flatten();
+    let own = own.map(|entry| Path::new("devices").join(entry.unwrap().file_name()));
+    let files = own.chain(group.file_name().map(Into::into));
+    files.map(|file| Path::new("/dev/vfio").join(file).display().to_string()).collect()
 }
 
 /// Nothing of the function `address` is left in uvmm, and it is still VFIO's.
@@ -69,8 +80,8 @@ fn is_the_hosts(vm: &Vm, address: &str) {
 fn comes_and_goes(uvmm: &Uvmm, vm: &Mutex<Vm>, name: &str, number: u8) {
     let address = text(name).unwrap();
     let device = format!("vfio,id={name},host={address},slot={number}");
-    let group = fs::read_link(format!("/sys/bus/pci/devices/{address}/iommu_group")).unwrap();
-    let group = Path::new("/dev/vfio").join(group.file_name().unwrap()).display().to_string();
+    let files = files(&address);
+    let holds = |vm: &Vm| held(vm).iter().any(|file| files.contains(file));
     let slot = || slot(uvmm, number.into());
     for cycle in 0..CYCLES {
         let (status, printed, steps) = plug(uvmm, &device, &[]);
@@ -82,7 +93,7 @@ fn comes_and_goes(uvmm: &Uvmm, vm: &Mutex<Vm>, name: &str, number: u8) {
         assert_eq!((&is["power_led"], &is["attention_led"]), (&"on".into(), &"off".into()));
         {
             let mut vm = vm.lock().unwrap();
-            assert!(held(&vm).contains(&group));
+            assert!(holds(&vm));
             vm.joins_network_by(number, GUEST_IP).unwrap();
             if cycle == 0 {
                 vm.exchanges(BULK).unwrap();
@@ -93,7 +104,7 @@ fn comes_and_goes(uvmm: &Uvmm, vm: &Mutex<Vm>, name: &str, number: u8) {
         assert_eq!(printed, format!("{name} is out of slot {number}\n"));
         assert_eq!(slot()["state"], "disabled");
         let mut vm = vm.lock().unwrap();
-        assert!(!held(&vm).contains(&group));
+        assert!(!holds(&vm));
         let place = format!("/sys/bus/pci/devices/0000:01:{number:02x}.0");
         vm.says(&format!("[ ! -e {place} ]")).unwrap();
     }

@@ -6,15 +6,16 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use iommufd_ioctls::IommuFd;
 use migration::ram::Ram;
 use rustix::process::{Resource, getrlimit};
-use vfio_ioctls::{VfioContainer, VfioDevice, VfioDeviceFd, VfioError, VfioOps};
+use vfio_ioctls::{VfioContainer, VfioDevice, VfioDeviceFd, VfioError, VfioIommufd, VfioOps};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::error::Error;
-use super::host::HostDevice;
+use super::host::{HostDevice, Way};
 
-/// Whether VFIO can drive this host's IOMMU.
+/// Whether VFIO can drive this host's IOMMU for devices that are had by their groups.
 ///
 /// # Errors
 /// What stands in the way.
@@ -33,7 +34,7 @@ pub struct Container {
 
 /// Guest RAM, open to DMA until this is dropped.
 pub(super) struct Reach {
-    vfio: Arc<VfioContainer>,
+    vfio: Arc<dyn VfioOps>,
     ram: Ram,
     /// How many regions of `ram` are mapped.
     mapped: usize,
@@ -55,28 +56,43 @@ impl Container {
             let device = open_in(&host.path, reach.vfio.clone()).map_err(|e| host.refused(e))?;
             return Ok((device, reach));
         }
-        let container = VfioContainer::new(self.tracker.clone()).map_err(Error::of_container)?;
-        let vfio = Arc::new(container);
+        let vfio = self.address_space(host)?;
         let device = open_in(&host.path, vfio.clone()).map_err(|e| host.refused(e))?;
         let reach = Arc::new(Reach::open(vfio, self.ram.clone())?);
         *weak = Arc::downgrade(&reach);
         Ok((device, reach))
     }
+
+    /// An address space for `host` and for devices that come later, which has nothing in it.
+    fn address_space(&self, host: &HostDevice) -> Result<Arc<dyn VfioOps>, Error> {
+        let tracker = self.tracker.clone();
+        match host.way() {
+            Some(Way::Own(_)) => {
+                let iommu = IommuFd::new().map_err(VfioError::NewVfioIommufd);
+                let space =
+                    iommu.and_then(|iommu| VfioIommufd::new(Arc::new(iommu), None, tracker));
+                Ok(Arc::new(space.map_err(Error::Container)?))
+            }
+            Some(Way::Group(_)) | None => {
+                Ok(Arc::new(VfioContainer::new(tracker).map_err(Error::of_container)?))
+            }
+        }
+    }
 }
 
-fn open_in(path: &Path, vfio: Arc<VfioContainer>) -> Result<VfioDevice, VfioError> {
+fn open_in(path: &Path, vfio: Arc<dyn VfioOps>) -> Result<VfioDevice, VfioError> {
     VfioDevice::new(path, vfio, true)
 }
 
 impl Reach {
-    fn open(vfio: Arc<VfioContainer>, ram: Ram) -> Result<Self, Error> {
+    fn open(vfio: Arc<dyn VfioOps>, ram: Ram) -> Result<Self, Error> {
         let needed = ram.iter().map(GuestMemoryRegion::len).sum();
         // From here on its drop removes what is there.
         let mut reach = Self { vfio, ram, mapped: 0 };
         for (start, host, len) in ranges(&reach.ram) {
             // SAFETY: the range is a whole mapping of guest RAM, which is only ever accessed as
             // memory that somebody else changes; `reach` keeps it mapped until it has closed it.
-            let mapped = unsafe { VfioOps::vfio_dma_map(&*reach.vfio, start, len, host) };
+            let mapped = unsafe { reach.vfio.vfio_dma_map(start, len, host) };
             mapped.map_err(|source| Error::Dma {
                 needed,
                 limit: getrlimit(Resource::Memlock).current,

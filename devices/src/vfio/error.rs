@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use vfio_ioctls::VfioError;
 
-use super::host::{HostDevice, Neighbour};
+use super::host::{HostDevice, Neighbour, Way};
 
 /// Why a device of the host cannot be given to the guest.
 #[derive(Debug, thiserror::Error)]
@@ -185,9 +185,21 @@ impl HostDevice {
 
     /// The error that VFIO's answer `source` is for this device.
     pub(super) fn refused(&self, source: VfioError) -> Error {
-        let file = self.group_file().unwrap_or_default();
+        let file = match self.way() {
+            Some(Way::Own(file) | Way::Group(file)) => file,
+            None => PathBuf::new(),
+        };
         let name = self.name.clone();
         match source {
+            // The kernel's drivers/vfio: busy is the group, invalid a device that is open already.
+            VfioError::VfioDeviceBindIommufd(source)
+                if [EBUSY, EINVAL].contains(&source.errno()) =>
+            {
+                Error::Busy { name, file }
+            }
+            VfioError::OpenDeviceCdev(source) if denied(&source) => {
+                Error::Permission { file, source }
+            }
             VfioError::OpenGroup(source, _) if source.raw_os_error() == Some(EBUSY) => {
                 Error::Busy { name, file }
             }
@@ -202,6 +214,7 @@ impl HostDevice {
 }
 
 const EBUSY: i32 = rustix::io::Errno::BUSY.raw_os_error();
+const EINVAL: i32 = rustix::io::Errno::INVAL.raw_os_error();
 
 fn denied(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::PermissionDenied
@@ -255,6 +268,10 @@ mod tests {
         assert!(matches!(group(rustix::io::Errno::BUSY), Error::Busy { .. }));
         assert!(matches!(group(rustix::io::Errno::ACCESS), Error::Permission { .. }));
         assert!(matches!(group(rustix::io::Errno::NOENT), Error::NoVfio { .. }));
+        for errno in [EBUSY, EINVAL] {
+            let bind = VfioError::VfioDeviceBindIommufd(vmm_sys_util::errno::Error::new(errno));
+            assert!(matches!(device().refused(bind), Error::Busy { .. }));
+        }
         let container = VfioError::OpenContainer(error(rustix::io::Errno::NOENT));
         let text = Error::of_container(container).to_string();
         assert_eq!(text, "cannot open /dev/vfio/vfio: modprobe vfio-pci");

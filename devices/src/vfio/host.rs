@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Access, access};
+
 /// A device of the host, as sysfs has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostDevice {
@@ -24,6 +26,18 @@ pub struct HostDevice {
     /// Whether it is a mediated device and not a PCI function.
     pub mediated: bool,
 }
+
+/// How the kernel's VFIO gives a device, by the file that is opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Way {
+    /// By the file of its group, into a container (the kernel's `driver-api/vfio.rst`).
+    Group(PathBuf),
+    /// By a file of its own, into an address space of [`IOMMU`] (there, "VFIO Device cdev").
+    Own(PathBuf),
+}
+
+/// Where address spaces are made that devices are given into by files of their own.
+pub const IOMMU: &str = "/dev/iommu";
 
 /// Another device in the same IOMMU group, which a driver of the host has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +91,21 @@ impl HostDevice {
     #[must_use]
     pub fn group_file(&self) -> Option<PathBuf> {
         self.group.map(|group| Path::new("/dev/vfio").join(group.to_string()))
+    }
+
+    /// How this user gets the device: by its own file where the host has that and the user may, by
+    /// its group's otherwise. `None` if VFIO does not have it.
+    #[must_use]
+    pub fn way(&self) -> Option<Way> {
+        let may = |path: &Path| access(path, Access::READ_OK | Access::WRITE_OK).is_ok();
+        let own = self.own_file().filter(|file| may(file) && may(Path::new(IOMMU)));
+        own.map(Way::Own).or_else(|| self.group_file().map(Way::Group))
+    }
+
+    /// The file that it alone is opened by; this host may have none.
+    fn own_file(&self) -> Option<PathBuf> {
+        let entry = fs::read_dir(self.path.join("vfio-dev")).ok()?.next()?.ok()?;
+        Some(Path::new("/dev/vfio/devices").join(entry.file_name()))
     }
 
     /// What gives a PCI function to VFIO: commands for root's shell.
@@ -182,6 +211,17 @@ mod tests {
         let root = sysfs(Some("igb"));
         fs::create_dir_all(root.path().join("devices/01:10.0/vfio-dev/vfio0")).unwrap();
         assert!(found(&root).is_vfios);
+    }
+
+    #[test]
+    fn a_device_without_a_file_that_this_user_may_open_is_had_by_its_group() {
+        let root = sysfs(Some("vfio-pci"));
+        let group = Some(Way::Group("/dev/vfio/7".into()));
+        assert_eq!(found(&root).way(), group);
+        fs::create_dir_all(root.path().join("devices/01:10.0/vfio-dev/vfio987")).unwrap();
+        let own = found(&root).own_file().unwrap();
+        assert_eq!(own, Path::new("/dev/vfio/devices/vfio987"));
+        assert_eq!(found(&root).way(), group, "there is no such file");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::fs::OpenOptions;
 use std::io;
 
-use devices::vfio::{self, HostDevice as Found, Neighbour};
+use devices::vfio::{self, HostDevice as Found, Neighbour, Way};
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::{CapabilitySet, capabilities};
 
@@ -22,8 +22,9 @@ pub(super) fn examine(device: &HostDevice) -> Vec<Check> {
     };
     let mut checks = vec![is_there(&found), iommu(&found), driver(&found)];
     checks.extend(neighbours(&found));
-    checks.push(container());
-    checks.extend(group_file(&found));
+    let way = found.way();
+    checks.push(address_space(way.as_ref()));
+    checks.extend(way.and_then(|way| file(&found, &way)));
     checks.push(locked_memory());
     checks
 }
@@ -74,10 +75,13 @@ fn neighbours(found: &Found) -> Option<Check> {
     })
 }
 
-fn container() -> Check {
-    match vfio::check_container() {
-        Ok(()) => Check::ok("VFIO", "drives this host's IOMMU"),
-        Err(error) => with_remedy("VFIO", &cause::chain(&error)),
+fn address_space(way: Option<&Way>) -> Check {
+    match way {
+        Some(Way::Own(_)) => Check::ok("VFIO", format!("drives the IOMMU by {}", vfio::IOMMU)),
+        _ => match vfio::check_container() {
+            Ok(()) => Check::ok("VFIO", "drives this host's IOMMU"),
+            Err(error) => with_remedy("VFIO", &cause::chain(&error)),
+        },
     }
 }
 
@@ -87,25 +91,28 @@ fn with_remedy(what: &'static str, error: &str) -> Check {
     no(what, found, remedy)
 }
 
-fn group_file(found: &Found) -> Option<Check> {
+fn file(found: &Found, way: &Way) -> Option<Check> {
     let what = "access";
-    let file = found.group_file()?;
-    let path = file.display();
-    Some(match OpenOptions::new().read(true).write(true).open(&file) {
-        Ok(_) => Check::ok(what, path.to_string()),
-        Err(error) => {
-            let remedy = match error.kind() {
-                io::ErrorKind::PermissionDenied => {
-                    format!("as root, chown it to the user who runs uvmm: chown USER {path}")
-                }
-                io::ErrorKind::ResourceBusy => {
-                    format!("end the process that uses the device: fuser {path}")
-                }
-                _ => "give the device to VFIO".to_owned(),
-            };
-            no(what, format!("cannot open {path}: {error}"), remedy)
+    let group = found.group_file()?;
+    // Whoever has the device, by whichever file, keeps everybody from opening its group.
+    let error = match (OpenOptions::new().read(true).write(true).open(&group), way) {
+        (Err(error), Way::Group(_)) => error,
+        (Err(error), Way::Own(_)) if error.kind() == io::ErrorKind::ResourceBusy => error,
+        (_, Way::Group(file) | Way::Own(file)) => {
+            return Some(Check::ok(what, file.display().to_string()));
         }
-    })
+    };
+    let path = group.display();
+    let remedy = match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            format!("as root, chown it to the user who runs uvmm: chown USER {path}")
+        }
+        io::ErrorKind::ResourceBusy => {
+            format!("end the process that uses the device: fuser {path}")
+        }
+        _ => "give the device to VFIO".to_owned(),
+    };
+    Some(no(what, format!("cannot open {path}: {error}"), remedy))
 }
 
 fn locked_memory() -> Check {
