@@ -4,6 +4,7 @@ use std::fs::File;
 
 use crate::compat::{Mismatch, Offer};
 use crate::plan::{Meanwhile, Plan, StepFailure};
+use crate::policy::Shares;
 use crate::ram::{DirtySet, Ram};
 use crate::report::Device;
 use crate::state::{StateError, StateReader, StateWriter};
@@ -24,9 +25,9 @@ pub trait Departing {
     /// Everyone who can write its memory.
     fn dirty(&mut self) -> &mut DirtySet;
 
-    /// Keeps its vCPUs from running for `percent` of the time, at most 99, from now on; 0 lets them
+    /// Keeps its vCPUs from running for so much of the time from now on; [`Shares::NONE`] lets them
     /// run freely again. Quick, and does nothing to vCPUs that stand still.
-    fn throttle(&mut self, percent: u8);
+    fn throttle(&mut self, shares: &Shares);
 
     /// How it is brought to a stop, and back. Its steps at [`Priority::VCPUS`] stop the vCPUs, and
     /// run them again when undone.

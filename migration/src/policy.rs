@@ -4,17 +4,21 @@
 //! what is left fits into the downtime limit ─────────────► switch over: converged
 //! the passes leave less and less, and are not too many ──► another pass
 //! else, as the user wished:      stop ───────────────────► switch over: a longer stop
-//!                                throttle ──► slow the vCPUs down, another pass …
+//!                                throttle ──► slow those down that write, another pass …
 //!                                             … as slow as can be ──► as stop
 //!                                fail ───────────────────► give up: the guest runs on here
 //! ```
 //!
 //! `cargo run -p migration --example policy` shows it at work.
 
+mod shares;
+
 use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+pub use shares::Shares;
 
 /// Bytes per second to expect of a connection that has not shown what it can do.
 const ASSUMED_RATE: f64 = 100e6;
@@ -26,7 +30,7 @@ const SLOW_HOPE: usize = 1;
 const WORTH: f64 = 0.9;
 /// What part of itself a pass may leave for the passes to end soon.
 const WANTED: f64 = 0.5;
-/// For how much of the time vCPUs are kept from running, in percent, one step after the other.
+/// By how much less vCPUs are made to write, in percent, one step after the other.
 const STEPS: [u8; 7] = [20, 40, 60, 80, 90, 95, 99];
 
 /// When to stop copying.
@@ -44,7 +48,8 @@ pub struct Policy {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NoConvergence {
-    /// Slow its vCPUs down more and more; if even that does not help, as `Stop`.
+    /// Slow its vCPUs down more and more, those first and most that write most, where that is
+    /// known; if even that does not help, as `Stop`.
     Throttle,
     /// Stop it for longer than the limit.
     ///
@@ -80,7 +85,7 @@ impl FromStr for NoConvergence {
 }
 
 /// What a pass over memory showed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
     /// Bytes of guest memory that it was about.
     pub pages: u64,
@@ -88,8 +93,10 @@ pub struct Seen {
     pub left: u64,
     /// How long it took.
     pub took: Duration,
-    /// For how much of that time vCPUs were kept from running, in percent.
-    pub throttled: u8,
+    /// How many pages became dirty by each vCPU meanwhile; empty if that is not known.
+    pub by_vcpu: Vec<u64>,
+    /// For how much of that time vCPUs were kept from running.
+    pub throttled: Shares,
 }
 
 impl Seen {
@@ -101,13 +108,13 @@ impl Seen {
 }
 
 /// What to do after a pass over memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// Make another pass.
     Continue,
-    /// Keep vCPUs from running for so many percent of the time, more than before, and make another
-    /// pass.
-    Throttle(u8),
+    /// Keep vCPUs from running for so much of the time, some for more than before and none for
+    /// less, and make another pass.
+    Throttle(Shares),
     /// Stop the guest and send the rest.
     SwitchOver {
         /// Whether the downtime limit can be kept. If not, nothing better was to be had: the guest
@@ -147,7 +154,7 @@ impl Policy {
             return Decision::Continue;
         }
         match (self.on_no_convergence, seen.last().and_then(slower)) {
-            (NoConvergence::Throttle, Some(percent)) if !many => Decision::Throttle(percent),
+            (NoConvergence::Throttle, Some(shares)) if !many => Decision::Throttle(shares),
             (NoConvergence::Throttle | NoConvergence::Stop, _) => {
                 Decision::SwitchOver { converged: false }
             }
@@ -166,14 +173,14 @@ impl Policy {
 
 /// Whether the last passes left no less than those before, all at the speed that vCPUs have now.
 fn hopeless(seen: &[Seen]) -> bool {
-    let Some(now) = seen.last().map(|seen| seen.throttled) else { return false };
-    let hope = if now == 0 { HOPE } else { SLOW_HOPE };
+    let Some(now) = seen.last().map(|seen| &seen.throttled) else { return false };
+    let hope = if *now == Shares::NONE { HOPE } else { SLOW_HOPE };
     let Some(split) = seen.len().checked_sub(hope) else { return false };
     let (before, last) = seen.split_at(split);
     let least = |some: &[Seen]| some.iter().map(|seen| seen.left).min();
     match (least(before), least(last)) {
         (Some(before), Some(least)) => {
-            last.iter().all(|seen| seen.throttled == now) && least as f64 >= before as f64 * WORTH
+            last.iter().all(|seen| seen.throttled == *now) && least as f64 >= before as f64 * WORTH
         }
         _ => false,
     }
@@ -181,13 +188,19 @@ fn hopeless(seen: &[Seen]) -> bool {
 
 /// The first step for which a pass like `last` would have left little enough; the last if there is
 /// none; none if vCPUs are as slow as can be.
-fn slower(last: &Seen) -> Option<u8> {
+fn slower(last: &Seen) -> Option<Shares> {
+    let Seen { pages, left, by_vcpu, throttled, .. } = last;
     // What a pass leaves of itself is the rate of dirtying over that of sending.
-    let leaves = last.left as f64 / last.pages.max(1) as f64;
-    let runs = 1.0 - f64::from(last.throttled) / 100.0;
-    let enough = |step: u8| leaves / runs * (1.0 - f64::from(step) / 100.0) <= WANTED;
-    let mut steps = STEPS.into_iter().filter(|&step| step > last.throttled);
-    steps.clone().find(|&step| enough(step)).or_else(|| steps.next_back())
+    let leaves = *left as f64 / (*pages).max(1) as f64;
+    let effect = throttled.effect(by_vcpu);
+    let enough =
+        |step: u8| leaves * (100.0 - f64::from(step)) / (100.0 - effect).max(1.0) <= WANTED;
+    let steps = STEPS.into_iter().filter(|&step| f64::from(step) > effect);
+    let slowed = steps.map(|step| (step, throttled.slowed(by_vcpu, step)));
+    let mut slower = slowed.filter(|(_, shares)| shares != throttled);
+    let (_, shares) =
+        slower.clone().find(|&(step, _)| enough(step)).or_else(|| slower.next_back())?;
+    Some(shares)
 }
 
 #[cfg(test)]
@@ -213,13 +226,14 @@ mod tests {
             pages: pages * MIB,
             left: left * MIB,
             took: Duration::from_millis(10 * pages),
-            throttled: 0,
+            by_vcpu: Vec::new(),
+            throttled: Shares::NONE,
         };
         sent.zip(left).map(pass).collect()
     }
 
     fn throttled(percent: u8, mut seen: Vec<Seen>) -> Vec<Seen> {
-        seen.last_mut().unwrap().throttled = percent;
+        seen.last_mut().unwrap().throttled = Shares::Alike(percent);
         seen
     }
 
@@ -246,7 +260,7 @@ mod tests {
         assert_eq!(POLICY.decide(&seen, FAST, 0), Decision::SwitchOver { converged: false });
         assert_eq!(FAIL.decide(&seen, FAST, 0), Decision::GiveUp);
         // Of 399 MiB it wrote 390 meanwhile: at half the speed that were about half.
-        assert_eq!(THROTTLE.decide(&seen, FAST, 0), Decision::Throttle(60));
+        assert_eq!(THROTTLE.decide(&seen, FAST, 0), Decision::Throttle(Shares::Alike(60)));
     }
 
     #[test]
@@ -254,11 +268,37 @@ mod tests {
         let slow = throttled(60, passes(&[400, 400, 400, 400, 300]));
         assert_eq!(THROTTLE.decide(&slow, FAST, 0), Decision::Continue, "it helps");
         let slow = throttled(60, passes(&[400, 400, 400, 400, 390]));
-        assert_eq!(THROTTLE.decide(&slow, FAST, 0), Decision::Throttle(80));
+        assert_eq!(THROTTLE.decide(&slow, FAST, 0), Decision::Throttle(Shares::Alike(80)));
         let slow = throttled(95, passes(&[400, 400, 400, 400, 40_000]));
-        assert_eq!(THROTTLE.decide(&slow, FAST, 0), Decision::Throttle(99), "the last there is");
+        let last = Decision::Throttle(Shares::Alike(99));
+        assert_eq!(THROTTLE.decide(&slow, FAST, 0), last, "the last there is");
         let slow = throttled(99, passes(&[400, 400, 400, 400, 390]));
         assert_eq!(THROTTLE.decide(&slow, FAST, 0), Decision::SwitchOver { converged: false });
+    }
+
+    /// The same passes, in which each vCPU wrote so many pages with such a share.
+    fn written(by_vcpu: &[u64], shares: &[u8], mut seen: Vec<Seen>) -> Vec<Seen> {
+        let last = seen.last_mut().unwrap();
+        last.by_vcpu = by_vcpu.to_vec();
+        if !shares.is_empty() {
+            last.throttled = Shares::Each(shares.to_vec());
+        }
+        seen
+    }
+
+    #[test]
+    fn who_writes_is_slowed_down_and_the_others_are_not() {
+        const LEFT: [u64; 5] = [400, 400, 400, 400, 390];
+        let decided = |by_vcpu: &[u64], shares: &[u8]| {
+            THROTTLE.decide(&written(by_vcpu, shares, passes(&LEFT)), FAST, 0)
+        };
+        let each = |shares: &[u8]| Decision::Throttle(Shares::Each(shares.to_vec()));
+        assert_eq!(decided(&[9000, 3, 0, 0], &[]), each(&[60, 0, 0, 0]));
+        assert_eq!(decided(&[9000, 3, 0, 0], &[60, 0, 0, 0]), each(&[80, 0, 0, 0]));
+        // Another begins.
+        assert_eq!(decided(&[0, 3, 9000, 0], &[60, 0, 0, 0]), each(&[60, 0, 60, 0]));
+        let stop = Decision::SwitchOver { converged: false };
+        assert_eq!(decided(&[9000, 0], &[99, 0]), stop, "who writes is as slow as can be");
     }
 
     #[test]
@@ -280,11 +320,17 @@ mod tests {
     }
 
     fn any_pass() -> impl Strategy<Value = Seen> {
-        let parts = (any::<[u64; 2]>(), any::<u32>(), 0..=100u8);
-        parts.prop_map(|([pages, left], took, throttled)| Seen {
+        let shares = prop_oneof![
+            (0..=99u8).prop_map(Shares::Alike),
+            prop::collection::vec(0..=99u8, 4).prop_map(Shares::Each),
+        ];
+        let by_vcpu = prop_oneof![Just(Vec::new()), prop::collection::vec(any::<u64>(), 4)];
+        let parts = (any::<[u64; 2]>(), any::<u32>(), by_vcpu, shares);
+        parts.prop_map(|([pages, left], took, by_vcpu, throttled)| Seen {
             pages,
             left,
             took: Duration::from_micros(took.into()),
+            by_vcpu,
             throttled,
         })
     }
@@ -309,8 +355,11 @@ mod tests {
             rate in prop::option::of(any::<f64>()),
             state: u64,
         ) {
-            if let Decision::Throttle(percent) = THROTTLE.decide(&seen, rate, state) {
-                prop_assert!(percent > seen.last().unwrap().throttled && percent < 100);
+            if let Decision::Throttle(shares) = THROTTLE.decide(&seen, rate, state) {
+                let before = &seen.last().unwrap().throttled;
+                let grows = |vcpu| shares.of(vcpu) > before.of(vcpu);
+                let falls = |vcpu| shares.of(vcpu) < before.of(vcpu);
+                prop_assert!((0..4).any(grows) && !(0..4).any(falls) && shares.most() < 100);
             }
         }
     }

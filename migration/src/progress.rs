@@ -34,7 +34,7 @@ pub struct Progress {
     pub round_done: u64,
     /// Bytes on the wire so far.
     pub bytes_sent: u64,
-    /// For how much of the time the vCPUs are kept from running, in percent.
+    /// For how much of the time the vCPU is kept from running that is slowed down most, in percent.
     pub throttled_percent: u8,
 }
 

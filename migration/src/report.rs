@@ -53,8 +53,11 @@ pub struct Report {
     pub rounds: u32,
     /// How the copying ended while the guest ran; none if it never came to that.
     pub outcome: Option<Outcome>,
-    /// For how much of the time the vCPUs were kept from running, in percent, when it was most.
+    /// For how much of the time the vCPU was kept from running that was slowed down most, in
+    /// percent, when it was most.
     pub throttled_percent: u8,
+    /// For how much each vCPU was then; empty if all were alike.
+    pub throttled_vcpus: Vec<u8>,
     /// Bytes on the wire, of memory and of everything else.
     pub bytes_sent: u64,
     /// `bytes_sent` over the time spent copying, in MiB per second.

@@ -18,7 +18,7 @@ use crate::guest::Departing;
 use crate::handover::{Giving, Token, Verdict};
 use crate::patience::{Cancel, Patience, TICK};
 use crate::plan::{Entered, Phase, StepFailure};
-use crate::policy::{NoConvergence, Policy};
+use crate::policy::{NoConvergence, Policy, Shares};
 use crate::progress::{Progress, Stage, Watch};
 use crate::ram::{self, PageBitmap};
 use crate::report::{Report, Status, milliseconds};
@@ -93,6 +93,7 @@ pub fn send<G: Departing, S: Stream>(
         watch: &mut watch,
         report: &mut report,
         progress: Progress::default(),
+        throttled: Shares::NONE,
         start,
     };
     let outcome = source.run();
@@ -119,6 +120,8 @@ struct Source<'a, 'w, G: Departing, S, C> {
     watch: &'a mut Watch<'w>,
     report: &'a mut Report,
     progress: Progress,
+    /// For how much of the time vCPUs are kept from running now.
+    throttled: Shares,
     start: Instant,
 }
 
@@ -213,7 +216,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         self.show(peer, Stage::Releasing);
         loop {
             // Who is asked for something must be able to answer.
-            self.throttle(0);
+            self.throttle(Shares::NONE);
             match self.enter_next(peer, Phase::Release)? {
                 Entered::None => return Ok(pages),
                 Entered::Quickly => {}

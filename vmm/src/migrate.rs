@@ -344,6 +344,7 @@ pub(crate) fn tell(report: &Report) -> MigrationReport {
         rounds,
         outcome,
         throttled_percent,
+        throttled_vcpus,
         bytes_sent,
         throughput_mib_s,
         pages,
@@ -375,6 +376,7 @@ pub(crate) fn tell(report: &Report) -> MigrationReport {
         more: BTreeMap::from([
             ("outcome".to_owned(), serde_json::json!(outcome)),
             ("throttled_percent".to_owned(), (*throttled_percent).into()),
+            ("throttled_vcpus".to_owned(), throttled_vcpus.as_slice().into()),
             ("streams".to_owned(), (*streams).into()),
             ("pages".to_owned(), (*pages).into()),
             ("zero_pages".to_owned(), (*zero_pages).into()),

@@ -57,9 +57,10 @@ impl Host {
     }
 
     /// A guest that rewrites `mib` MiB, and knows what each page should hold.
-    fn busy(&self, memory: &str, percent: u32, mib: u32) -> Vm {
+    fn busy(&self, memory: &str, percent: u32, mib: u32, more: &[&str]) -> Vm {
         let told = format!("run=fill 7 {percent};rewrite {mib} max");
-        let vm = self.run("web", &["--memory", memory, "--cmdline", &told]);
+        let arguments = [&["--memory", memory, "--cmdline", &told], more].concat();
+        let vm = self.run("web", &arguments);
         vm.converse("", &["rewrite ok"]);
         vm
     }
@@ -118,9 +119,9 @@ fn a_guest_that_rewrites_memory_all_the_time_arrives_whole() {
     if !usable() {
         return;
     }
-    for streams in ["1", "3"] {
+    for (tracking, streams) in [("log", "1"), ("log", "3"), ("ring", "2")] {
         let host = Host(tempfile::tempdir().unwrap());
-        let _source = host.busy("64M", 60, 16);
+        let _source = host.busy("64M", 60, 16, &["--dirty-tracking", tracking]);
         let (destination, to) = host.incoming();
         let line = ["--downtime-limit", "1ms", "--bandwidth-limit", "60M", "--streams", streams];
         let report = host.migrate(&to, &line);
@@ -136,7 +137,7 @@ fn a_guest_that_writes_too_fast_ends_as_was_wished() {
         return;
     }
     let host = Host(tempfile::tempdir().unwrap());
-    let source = host.busy("64M", 60, 16);
+    let source = host.busy("64M", 60, 16, &[]);
     let (destination, to) = host.incoming();
     let line = ["--downtime-limit", "3ms", "--bandwidth-limit", "30M", "--on-no-convergence"];
 
@@ -152,6 +153,25 @@ fn a_guest_that_writes_too_fast_ends_as_was_wished() {
     assert_eq!(report["status"], "completed", "{report}");
     assert!(report["throttled_percent"].as_u64().unwrap() >= 20, "{report}");
     assert!(report["outcome"] == "throttled", "{report}");
+    assert!(report["throttled_vcpus"].as_array().unwrap().is_empty(), "{report}");
+    destination.assert_whole();
+}
+
+#[test]
+fn the_vcpu_that_writes_is_slowed_down_and_the_others_are_not() {
+    if !usable() {
+        return;
+    }
+    let host = Host(tempfile::tempdir().unwrap());
+    let _source = host.busy("64M", 60, 16, &["--cpus", "3", "--dirty-tracking", "ring"]);
+    let (destination, to) = host.incoming();
+    let line = ["--downtime-limit", "3ms", "--bandwidth-limit", "30M", "--on-no-convergence"];
+    let report = host.migrate(&to, &[line.as_slice(), &["throttle"]].concat());
+    assert_eq!(report["status"], "completed", "{report}");
+    assert_eq!(report["outcome"], "throttled", "{report}");
+    let share = report["throttled_percent"].as_u64().unwrap();
+    assert!(share >= 20, "{report}");
+    assert_eq!(report["throttled_vcpus"], serde_json::json!([share, 0, 0]));
     destination.assert_whole();
 }
 
@@ -160,8 +180,12 @@ fn a_cancelled_migration_leaves_a_dirty_log_behind_that_the_next_can_use() {
     if !usable() {
         return;
     }
+    ["log", "ring"].into_iter().for_each(cancelled_and_moved);
+}
+
+fn cancelled_and_moved(tracking: &str) {
     let host = Host(tempfile::tempdir().unwrap());
-    let source = host.busy("64M", 60, 8);
+    let source = host.busy("64M", 60, 8, &["--dirty-tracking", tracking]);
     let (destination, to) = host.incoming();
     let line = ["migrate", "--vm", "web", "--json", "--bandwidth-limit", "20M", "--to", &to];
     let child = host.command(&line).spawn().unwrap();

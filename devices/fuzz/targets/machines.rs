@@ -5,6 +5,7 @@ use std::fs::File;
 use migration::compat::{Mismatch, Offer, Profile, Rule, agree};
 use migration::guest::{Arriving, Departing, Host};
 use migration::plan::{Meanwhile, Plan, StepFailure};
+use migration::policy::Shares;
 use migration::ram::{DirtySet, Ram};
 use migration::report::Device;
 use migration::state::{StateError, StateReader, StateWriter};
@@ -62,7 +63,7 @@ impl Departing for Guest {
         Vec::new()
     }
     fn is_back(&mut self, _: &str) {}
-    fn throttle(&mut self, _: u8) {}
+    fn throttle(&mut self, _: &Shares) {}
 }
 
 impl Arriving for Guest {

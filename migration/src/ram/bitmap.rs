@@ -96,6 +96,16 @@ impl PageBitmap {
         Ok(())
     }
 
+    /// Adds the page that starts at `page`, if there is one: whether it was not in the set.
+    pub fn add(&mut self, page: GuestAddress) -> bool {
+        self.find(page).is_some_and(|(region, page)| {
+            let (word, bit) = (&mut region.words[page / WORD], 1 << (page % WORD));
+            let is_new = *word & bit == 0;
+            *word |= bit;
+            is_new
+        })
+    }
+
     /// Adds each page that `len` bytes at `start` touch, as far as there is guest memory.
     pub fn insert(&mut self, start: GuestAddress, len: u64) {
         let end = start.0.saturating_add(len);
@@ -281,6 +291,18 @@ mod tests {
         bitmap.insert(GuestAddress(0), 10);
         bitmap.insert(GuestAddress(LOW), 0);
         assert_eq!(pages(&bitmap), BTreeSet::from([LOW + PAGE, LOW + 2 * PAGE, HIGH]));
+    }
+
+    #[test]
+    fn a_page_is_new_once() {
+        let mut bitmap = PageBitmap::empty(&ram());
+        for page in [LOW, LOW + 69 * PAGE, HIGH, HIGH + 65 * PAGE] {
+            assert!(bitmap.add(GuestAddress(page)) && !bitmap.add(GuestAddress(page)));
+        }
+        for none in [0, LOW + 1, LOW - PAGE, LOW + 70 * PAGE, HIGH + 200 * PAGE, u64::MAX] {
+            assert!(!bitmap.add(GuestAddress(none)));
+        }
+        assert_eq!(bitmap.count(), 4);
     }
 
     proptest! {

@@ -32,6 +32,12 @@ pub trait DirtySource: Send {
         Ok(())
     }
 
+    /// How many pages became dirty by each vCPU between the last `collect` and the one before it;
+    /// empty if this source cannot tell. A page that was forgotten meanwhile counts again.
+    fn by_vcpu(&self) -> &[u64] {
+        &[]
+    }
+
     /// Stops to remember. Called also where `start` failed or never ran.
     fn stop(&mut self);
 }
@@ -80,6 +86,14 @@ impl DirtySet {
     /// Adds to `pages` what anyone wrote since the previous call.
     pub fn collect(&mut self, pages: &mut PageBitmap) -> Result<(), DirtyError> {
         self.each("read the dirty log", |source| source.collect(pages))
+    }
+
+    /// How many pages became dirty by each vCPU before the last `collect` and after the one before
+    /// it, if there is a source that can tell.
+    #[must_use]
+    pub fn by_vcpu(&self) -> &[u64] {
+        let told = self.sources.iter().map(|source| source.by_vcpu());
+        told.into_iter().find(|counts| !counts.is_empty()).unwrap_or_default()
     }
 
     /// Has every source forget the writes to `pages`, which are read next.

@@ -5,6 +5,7 @@ use std::io;
 use crate::asking::hear;
 use crate::guest::Departing;
 use crate::handover::{Giving, GivingEvent, Handover, Token, Verdict};
+use crate::policy::Shares;
 use crate::record::Record;
 use crate::wire::{Channel, Stream};
 
@@ -50,7 +51,7 @@ impl<'a, G: Departing> Custody<'a, G> {
 impl<G: Departing> Drop for Custody<'_, G> {
     fn drop(&mut self) {
         self.guest.dirty().stop();
-        self.guest.throttle(0);
+        self.guest.throttle(&Shares::NONE);
         if self.handover.as_ref().is_none_or(|handover| handover.state().may_run()) {
             self.guest.plan().undo();
         }

@@ -8,7 +8,7 @@ use super::Source;
 use crate::error::Error;
 use crate::guest::Departing;
 use crate::plan::Phase;
-use crate::policy::{Decision, Outcome, Seen};
+use crate::policy::{Decision, Outcome, Seen, Shares};
 use crate::progress::{Progress, Stage, Watch};
 use crate::ram::send::Pass;
 use crate::ram::{self, PAGE, PageBitmap};
@@ -45,8 +45,9 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
             let guest = self.custody.guest();
             guest.dirty().collect(&mut pages)?;
             let state = guest.state_size();
-            let (left, throttled) = (pages.count() * PAGE, self.progress.throttled_percent);
-            seen.push(Seen { pages: sent, left, took: start.elapsed(), throttled });
+            let (left, by_vcpu) = (pages.count() * PAGE, guest.dirty().by_vcpu().to_vec());
+            let (took, throttled) = (start.elapsed(), self.throttled.clone());
+            seen.push(Seen { pages: sent, left, took, by_vcpu, throttled });
             if self.is_enough(&seen, self.lanes.carried(peer).rate, state)? {
                 return Ok(pages);
             }
@@ -60,8 +61,8 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         tracing::debug!(seen = ?seen.last(), rate, state, ?decision, "pass done");
         self.report.outcome = match decision {
             Decision::Continue => None,
-            Decision::Throttle(percent) => {
-                self.throttle(percent);
+            Decision::Throttle(shares) => {
+                self.throttle(shares);
                 None
             }
             Decision::SwitchOver { converged: false } => Some(Outcome::Forced),
@@ -79,11 +80,16 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         Ok(self.report.outcome.is_some())
     }
 
-    /// Keeps the vCPUs from running for `percent` of the time.
-    pub(super) fn throttle(&mut self, percent: u8) {
-        self.custody.guest().throttle(percent);
-        self.progress.throttled_percent = percent;
-        self.report.throttled_percent = self.report.throttled_percent.max(percent);
+    /// Keeps the vCPUs from running for so much of the time.
+    pub(super) fn throttle(&mut self, shares: Shares) {
+        self.custody.guest().throttle(&shares);
+        let most = shares.most();
+        self.progress.throttled_percent = most;
+        if most >= self.report.throttled_percent {
+            self.report.throttled_percent = most;
+            self.report.throttled_vcpus = shares.each().to_vec();
+        }
+        self.throttled = shares;
     }
 
     /// What was left, and what was written since.

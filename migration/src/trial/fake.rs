@@ -13,6 +13,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemory
 use crate::compat::{Mismatch, Offer, Profile, Rule, agree};
 use crate::guest::{Arriving, Departing, Host};
 use crate::plan::{Meanwhile, Phase, Plan, Priority, Step, StepFailure};
+use crate::policy::Shares;
 use crate::ram::{DirtySet, DirtySource, OwnWrites, PAGE, PageBitmap, Ram, Window};
 use crate::report::Device;
 use crate::state::{Saved, StateError, StateReader, StateWriter};
@@ -108,13 +109,15 @@ pub(super) struct Vcpu {
     running: Arc<Mutex<bool>>,
     count: Arc<AtomicU64>,
     throttle: Arc<AtomicU8>,
+    /// The same of a second vCPU, which does nothing, when it was most.
+    bystander: u8,
     thread: Option<(JoinHandle<()>, Arc<AtomicBool>)>,
 }
 
 impl Vcpu {
     fn new(count: u64) -> Self {
         let (running, count) = (Arc::new(Mutex::new(true)), Arc::new(AtomicU64::new(count)));
-        Self { running, count, throttle: Arc::default(), thread: None }
+        Self { running, count, throttle: Arc::default(), bystander: 0, thread: None }
     }
 
     fn start(&mut self, ram: &Ram, first: u64, pages: u64) {
@@ -237,6 +240,32 @@ impl DirtySource for Ledger {
     }
 }
 
+/// A source that knows that all is written by the first of two vCPUs.
+struct Told {
+    own: OwnWrites,
+    by_vcpu: [u64; 2],
+}
+
+impl DirtySource for Told {
+    fn name(&self) -> &'static str {
+        "the first vCPU"
+    }
+    fn start(&mut self) -> io::Result<()> {
+        self.own.start()
+    }
+    fn collect(&mut self, pages: &mut PageBitmap) -> io::Result<()> {
+        let mut written = PageBitmap::empty(self.own.ram());
+        self.own.collect(&mut written)?;
+        self.by_vcpu = [written.count(), 0];
+        pages.unite(&written);
+        Ok(())
+    }
+    fn by_vcpu(&self) -> &[u64] {
+        &self.by_vcpu
+    }
+    fn stop(&mut self) {}
+}
+
 pub(super) struct FakeGuest {
     pub(super) ram: Ram,
     vcpu: Vcpu,
@@ -291,6 +320,17 @@ impl FakeGuest {
         self.vcpu.throttle.load(Ordering::Relaxed)
     }
 
+    /// For how much of the time a vCPU that writes nothing was kept from running, at most.
+    pub(super) fn bystander_throttled(&self) -> u8 {
+        self.vcpu.bystander
+    }
+
+    /// Tells of each page which of its vCPUs wrote it.
+    pub(super) fn tell_who_writes(&mut self) {
+        self.dirty = DirtySet::new();
+        self.dirty.add(Told { own: OwnWrites::new(self.ram.clone()), by_vcpu: [0; 2] });
+    }
+
     pub(super) fn count(&self) -> u64 {
         self.vcpu.count.load(Ordering::Relaxed)
     }
@@ -310,8 +350,9 @@ impl Departing for FakeGuest {
     fn dirty(&mut self) -> &mut DirtySet {
         &mut self.dirty
     }
-    fn throttle(&mut self, percent: u8) {
-        self.vcpu.throttle.store(percent, Ordering::Relaxed);
+    fn throttle(&mut self, shares: &Shares) {
+        self.vcpu.throttle.store(shares.of(0), Ordering::Relaxed);
+        self.vcpu.bystander = self.vcpu.bystander.max(shares.of(1));
     }
     fn plan(&mut self) -> &mut Plan {
         &mut self.plan

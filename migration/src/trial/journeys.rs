@@ -226,6 +226,10 @@ fn busy_options(wish: NoConvergence) -> Options {
 fn moved_although_busy(wish: NoConvergence) -> Tried {
     let world = Arc::<World>::default();
     let guest = busy_guest(&world);
+    moved_busy(world, guest, wish)
+}
+
+fn moved_busy(world: Arc<World>, guest: FakeGuest, wish: NoConvergence) -> Tried {
     let host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: 700 };
     let network = Network::new(Limits::NONE, Some(Limits::NONE));
     let tried = try_moving(world, guest, host, network, &busy_options(wish));
@@ -240,6 +244,21 @@ fn a_busy_guest_is_slowed_down_until_it_can_be_moved() {
     let report = tried.sent.unwrap();
     assert_eq!(report.outcome, Some(Outcome::Throttled), "{report:?}");
     assert!((20..=99).contains(&report.throttled_percent), "{report:?}");
+    assert!(report.throttled_vcpus.is_empty(), "nobody knows who wrote");
+    assert_eq!(tried.guest.bystander_throttled(), report.throttled_percent);
+}
+
+#[test]
+fn only_the_vcpu_that_writes_is_slowed_down_where_it_is_known() {
+    let world = Arc::<World>::default();
+    let mut guest = busy_guest(&world);
+    guest.tell_who_writes();
+    let tried = moved_busy(world, guest, NoConvergence::Throttle);
+    tried.assert_there();
+    let report = tried.sent.unwrap();
+    assert_eq!(report.outcome, Some(Outcome::Throttled), "{report:?}");
+    assert_eq!(report.throttled_vcpus, [report.throttled_percent, 0]);
+    assert_eq!(tried.guest.bystander_throttled(), 0);
 }
 
 #[test]

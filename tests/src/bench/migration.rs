@@ -23,6 +23,9 @@ struct Run {
     sparse: Journey,
     checked: Journey,
     busy: Journey,
+    /// The first and the last once more, from dirty rings.
+    ring: Journey,
+    ring_busy: Journey,
     qemu: Journey,
     qemu_single: Journey,
     qemu_busy: Journey,
@@ -43,7 +46,7 @@ pub fn migrations(uvmm: PathBuf, runs: usize) -> Result<Vec<Row>> {
         );
         all.push(one);
     }
-    Ok([speed(&all), stops(&all), rest(&all)].into_iter().flatten().collect())
+    Ok([speed(&all), stops(&all), rest(&all), tracking(&all)].into_iter().flatten().collect())
 }
 
 fn measure(stand: &Stand) -> Result<Run> {
@@ -61,6 +64,8 @@ fn measure(stand: &Stand) -> Result<Run> {
         uvmm_single: go(Vmm::Uvmm(1), FULL)?,
         qemu_single: go(Vmm::Qemu, FULL)?,
         busy: go(Vmm::Uvmm(STREAMS), BUSY)?,
+        ring: go(Vmm::UvmmRing(STREAMS), FULL)?,
+        ring_busy: go(Vmm::UvmmRing(STREAMS), BUSY)?,
         qemu_busy: go(Vmm::QemuMultifd(STREAMS), BUSY)?,
     })
 }
@@ -144,5 +149,22 @@ fn rest(runs: &[Run]) -> Vec<Row> {
         busy("64 MiB rewritten: downtime, QEMU multifd", |run| run.qemu_busy.downtime_ms, "ms"),
         busy("64 MiB rewritten: time, uvmm", |run| run.busy.seconds, "s"),
         busy("64 MiB rewritten: time, QEMU multifd", |run| run.qemu_busy.seconds, "s"),
+    ]
+}
+
+/// What the default of `--dirty-tracking` was chosen by: a ratio above 1 speaks for the log.
+fn tracking(runs: &[Run]) -> Vec<Row> {
+    let ratio = |name: &str, of: fn(&Run) -> f64| figure(name, middle(runs, of), "");
+    vec![
+        ratio("time, dirty rings / dirty log", |run| run.ring.seconds / run.uvmm.seconds),
+        ratio("downtime, dirty rings / dirty log", |run| {
+            run.ring.downtime_ms / run.uvmm.downtime_ms
+        }),
+        ratio("64 MiB rewritten: time, dirty rings / dirty log", |run| {
+            run.ring_busy.seconds / run.busy.seconds
+        }),
+        ratio("64 MiB rewritten: downtime, dirty rings / dirty log", |run| {
+            run.ring_busy.downtime_ms / run.busy.downtime_ms
+        }),
     ]
 }

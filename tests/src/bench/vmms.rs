@@ -25,6 +25,8 @@ pub(super) enum Vmm {
     Uvmm(usize),
     /// The same, with checksums of all memory.
     UvmmChecked(usize),
+    /// The same as the first, from KVM's dirty rings instead of its log.
+    UvmmRing(usize),
     /// One connection and one thread.
     Qemu,
     /// With this many channels.
@@ -146,7 +148,7 @@ impl Stand {
 
     fn go(&self, vmm: Vmm, source: &mut Running, address: &str) -> Result<()> {
         let (streams, more) = match vmm {
-            Vmm::Uvmm(streams) => (streams, None),
+            Vmm::Uvmm(streams) | Vmm::UvmmRing(streams) => (streams, None),
             Vmm::UvmmChecked(streams) => (streams, Some("--checksums")),
             Vmm::Qemu | Vmm::QemuMultifd(_) => {
                 let qmp = source.qmp.as_mut().expect("QEMU has a monitor");
@@ -168,11 +170,14 @@ impl Stand {
         let Load { mib, percent, rewritten_mib } = load;
         let told = format!("run=fill {SEED} {percent};rewrite {rewritten_mib} max");
         let mut command = match vmm {
-            Vmm::Uvmm(_) | Vmm::UvmmChecked(_) => {
+            Vmm::Uvmm(_) | Vmm::UvmmChecked(_) | Vmm::UvmmRing(_) => {
                 self.uvmm.command(["run", "--memory", &format!("{mib}M")])
             }
             Vmm::Qemu | Vmm::QemuMultifd(_) => self.qemu(mib),
         };
+        if let Vmm::UvmmRing(_) = vmm {
+            command.args(["--dirty-tracking", "ring"]);
+        }
         command.args([if vmm.is_qemu() { "-append" } else { "--cmdline" }, &told]);
         command
     }

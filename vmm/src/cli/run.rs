@@ -7,8 +7,8 @@ use serde::Deserialize;
 
 use super::{Failure, file};
 use crate::config::{
-    Address, Boot, ConfigError, CpuModel, CpuSource, DeviceConfig, HugePages, MachineConfig,
-    RunConfig, SerialMode, Size, VmName,
+    Address, Boot, ConfigError, CpuModel, CpuSource, DeviceConfig, DirtyTracking, HugePages,
+    MachineConfig, RunConfig, SerialMode, Size, VmName,
 };
 use crate::log;
 
@@ -51,6 +51,11 @@ pub(super) struct RunArgs {
     /// Back guest memory with huge pages of 2M or 1G [without a size: 2M]
     #[arg(long, value_name = "SIZE", num_args = 0..=1, require_equals = true, default_missing_value = "2M")]
     hugepages: Option<HugePages>,
+    /// How KVM tells what the guest writes while it is migrated: log, one bitmap of all memory; or
+    /// ring, a list for each vCPU, so that those that write most can be slowed down first
+    /// [default: log]
+    #[arg(long, value_name = "HOW")]
+    dirty_tracking: Option<DirtyTracking>,
     /// Give the guest a device of the host, vfio,id=ID,host=BDF[,slot=N][,strategy=S], where BDF may
     /// be a path below /sys and S is auto, pause, evict, native or refuse; may be repeated
     #[arg(long = "device", value_name = "DEVICE")]
@@ -117,6 +122,7 @@ impl RunArgs {
             cpu: self.cpu.or(other.cpu),
             pci_slots: self.pci_slots.or(other.pci_slots),
             hugepages: self.hugepages.or(other.hugepages),
+            dirty_tracking: self.dirty_tracking.or(other.dirty_tracking),
             devices: with_others(self.devices, other.devices),
             serial: self.serial.or(other.serial),
             incoming: self.incoming.or(other.incoming),
@@ -159,6 +165,7 @@ impl RunArgs {
                 cpu,
             },
             hugepages: self.hugepages,
+            dirty_tracking: self.dirty_tracking.unwrap_or_default(),
             devices: self.devices,
             serial: self.serial.unwrap_or_default(),
             incoming: self.incoming,
@@ -193,7 +200,7 @@ mod tests {
         }
     }
 
-    const FLAGS: [&str; 29] = [
+    const FLAGS: [&str; 31] = [
         "--name",
         "a",
         "--kernel",
@@ -211,6 +218,8 @@ mod tests {
         "--pci-slots",
         "2",
         "--hugepages=1G",
+        "--dirty-tracking",
+        "ring",
         "--device",
         "vfio,id=n,host=01:10.0",
         "--serial",
@@ -234,6 +243,7 @@ mod tests {
         cpu = 'pool.toml'
         pci_slots = 2
         hugepages = '1G'
+        dirty_tracking = 'ring'
         device = [{ type = 'vfio', id = 'n', host = '0000:01:10.0' }]
         serial = 'file=s'
         incoming = 'unix:u'

@@ -7,6 +7,7 @@ mod host;
 mod name;
 mod serial;
 mod size;
+mod tracking;
 
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ pub use host::HugePages;
 pub use name::{NameError, VmName};
 pub use serial::{SerialError, SerialMode};
 pub use size::{Size, SizeError};
+pub use tracking::{DirtyTracking, NoSuchTracking};
 
 /// The smallest guest memory, in bytes: what the smallest guest that is supported boots in.
 pub const MEMORY_MIN: u64 = 64 << 20;
@@ -44,6 +46,8 @@ pub struct RunConfig {
     pub machine: MachineConfig,
     /// The size of the host's pages behind guest memory; `None` for ordinary ones.
     pub hugepages: Option<HugePages>,
+    /// How it is known what the guest writes while it is migrated from here.
+    pub dirty_tracking: DirtyTracking,
     /// The host's devices that the guest is given.
     pub devices: Vec<DeviceConfig>,
     /// Where the first serial line is connected.
@@ -229,6 +233,7 @@ mod tests {
             boot: Boot::default(),
             machine: MachineConfig { memory, cpus, ..MachineConfig::default() },
             hugepages: None,
+            dirty_tracking: DirtyTracking::Log,
             devices: Vec::new(),
             serial: SerialMode::Null,
             incoming: None,

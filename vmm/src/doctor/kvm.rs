@@ -151,7 +151,7 @@ fn extensions(kvm: &Kvm) -> Vec<Check> {
         optional(
             "dirty ring",
             positive(Cap::DirtyLogRing).map(|n| format!("{} entries", n / DIRTY_RING_ENTRY)),
-            "not needed: the dirty log is used",
+            "--dirty-tracking ring is not possible here: the dirty log is used",
         ),
         optional(
             "TSC scaling",

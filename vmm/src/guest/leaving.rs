@@ -7,7 +7,8 @@ use devices::pci::identity::Identity;
 use migration::compat::{Offer, Profile, Rule};
 use migration::guest::Departing;
 use migration::plan::{Meanwhile, Phase, Plan, Priority, Step, StepFailure};
-use migration::ram::{DirtySet, OwnWrites, Ram};
+use migration::policy::Shares;
+use migration::ram::{DirtySet, Ram};
 use migration::report::Device;
 use migration::state::{StateError, StateWriter};
 
@@ -15,7 +16,7 @@ use super::{Blueprint, Passenger, regions};
 use crate::arch::profile::Platform;
 use crate::config::{DeviceConfig, DeviceId, VmName};
 use crate::control::PlannedDevice;
-use crate::dirty::KvmLog;
+use crate::dirty;
 use crate::machine::{Machine, Seats};
 use crate::power::PowerSwitch;
 use crate::strategy::{
@@ -64,10 +65,7 @@ impl Leaving {
             Ok(msrs) => Platform::of_guest(machine.vm(), machine.seen(), msrs).profile(),
             Err(error) => return Err(Stays { machine: Box::new(machine), error }),
         };
-        let mut dirty = DirtySet::new();
-        dirty.add(OwnWrites::new(machine.vm().ram().clone()));
-        // Last: what the others put into RAM, KVM may see too.
-        dirty.add(KvmLog::new(machine.vm().clone()));
+        let dirty = dirty::sources(machine.vm(), machine.vcpus());
         let throttle = Throttle::new(machine.vcpus().clone());
         Ok(Self { machine, traits, profile, moving: None, dirty, throttle, plan: Plan::new() })
     }
@@ -208,8 +206,8 @@ impl Departing for Leaving {
         &mut self.dirty
     }
 
-    fn throttle(&mut self, percent: u8) {
-        self.throttle.set(percent);
+    fn throttle(&mut self, shares: &Shares) {
+        self.throttle.set(shares);
     }
 
     fn plan(&mut self) -> &mut Plan {

@@ -88,12 +88,16 @@ fn einval() -> kvm_ioctls::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::DirtyTracking;
     use crate::memory;
 
     #[test]
     fn a_log_that_is_cleared_by_hand_starts_full_and_keeps_what_is_not_cleared() {
         const BYTES: usize = 64 << 20;
-        let vm = match Vm::new(memory::allocate(BYTES as u64, None).unwrap()) {
+        let vm = match Vm::new(
+            memory::allocate(BYTES as u64, None).unwrap(),
+            DirtyTracking::default(),
+        ) {
             Ok(vm) => vm,
             Err(error) => return eprintln!("skipped: no usable KVM: {error}"),
         };

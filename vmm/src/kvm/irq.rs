@@ -64,11 +64,13 @@ impl Drop for LineTrigger {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::DirtyTracking;
     use crate::memory;
 
     #[test]
     fn a_line_can_have_more_than_one_trigger_and_loses_them_again() {
-        let vm = match Vm::new(memory::allocate(64 << 20, None).unwrap()) {
+        let vm = match Vm::new(memory::allocate(64 << 20, None).unwrap(), DirtyTracking::default())
+        {
             Ok(vm) => Arc::new(vm),
             Err(error) => return eprintln!("skipped: no usable KVM: {error}"),
         };

@@ -2,7 +2,9 @@
 
 mod dirty_log;
 pub(crate) mod exact;
+mod harvest;
 mod irq;
+mod ring;
 mod routes;
 mod slots;
 pub(crate) mod tsc;
@@ -22,6 +24,26 @@ pub(crate) enum Error {
     /// The kernel lacks something that uvmm cannot do without.
     #[error("this host's KVM lacks {0}: a newer kernel is needed")]
     Lacks(&'static str),
+    /// The kernel has no dirty rings.
+    #[error(
+        "this host's KVM has no dirty rings: leave out --dirty-tracking ring, or choose another \
+         host ('uvmm doctor' tells what there is)"
+    )]
+    NoDirtyRing,
+    /// A vCPU's dirty ring cannot be mapped.
+    #[error("cannot map the dirty ring of a vCPU")]
+    DirtyRing(#[source] std::io::Error),
+    /// KVM does not do what it says of dirty rings.
+    #[error(
+        "{taken} entries of the dirty rings were to be reset and {reset} were: start the VM with \
+         --dirty-tracking log"
+    )]
+    DirtyRingsStuck {
+        /// How many entries were given back.
+        taken: usize,
+        /// How many of them KVM took.
+        reset: usize,
+    },
     /// An ioctl failed.
     #[error("{name}")]
     Ioctl {

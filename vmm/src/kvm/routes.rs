@@ -181,10 +181,11 @@ impl Drop for MessageVector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::DirtyTracking;
     use crate::memory;
 
     fn routes() -> Option<Routes> {
-        let vm = Vm::new(memory::allocate(64 << 20, None).unwrap());
+        let vm = Vm::new(memory::allocate(64 << 20, None).unwrap(), DirtyTracking::default());
         vm.map_err(|error| eprintln!("skipped: no usable KVM: {error}"))
             .ok()
             .map(|vm| Routes::new(Arc::new(vm)))

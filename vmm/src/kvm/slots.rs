@@ -112,10 +112,11 @@ mod tests {
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
     use super::*;
+    use crate::config::DirtyTracking;
     use crate::memory;
 
     fn slots() -> Option<Slots> {
-        let vm = Vm::new(memory::allocate(64 << 20, None).unwrap());
+        let vm = Vm::new(memory::allocate(64 << 20, None).unwrap(), DirtyTracking::default());
         vm.map_err(|error| eprintln!("skipped: no usable KVM: {error}"))
             .ok()
             .map(|vm| Slots::new(Arc::new(vm)))

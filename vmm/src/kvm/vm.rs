@@ -11,8 +11,10 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::harvest::{self, Rings};
 use super::{Error, dirty_log};
 use crate::arch::layout;
+use crate::config::DirtyTracking;
 use crate::memory::Ram;
 
 /// A KVM virtual machine with RAM and in-kernel interrupt controllers.
@@ -24,6 +26,8 @@ pub(crate) struct Vm {
     fd: VmFd,
     ram: Ram,
     clears_dirty_log: bool,
+    /// Where writes are logged in rings.
+    pub(super) rings: Option<Rings>,
 }
 
 /// What KVM must offer; everything else is asked for where it is used.
@@ -38,8 +42,9 @@ const NEEDED: [(Cap, &str); 7] = [
 ];
 
 impl Vm {
-    /// Makes a virtual machine with `ram` in it and no vCPU yet.
-    pub(crate) fn new(ram: Ram) -> Result<Self, Error> {
+    /// Makes a virtual machine with `ram` in it and no vCPU yet, that can log writes to it by
+    /// `tracking`.
+    pub(crate) fn new(ram: Ram, tracking: DirtyTracking) -> Result<Self, Error> {
         let kvm = Kvm::new().map_err(Error::Open)?;
         if let Some((_, what)) = NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
             return Err(Error::Lacks(what));
@@ -51,8 +56,12 @@ impl Vm {
         fd.create_irq_chip().map_err(Error::ioctl("KVM_CREATE_IRQCHIP"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(Error::ioctl("KVM_CREATE_PIT2"))?;
-        let clears_dirty_log = dirty_log::by_hand(&fd);
-        let vm = Self { kvm, fd, ram, clears_dirty_log };
+        // A log by hand that starts full protects nothing at first: a ring would miss writes.
+        let (clears_dirty_log, rings) = match tracking {
+            DirtyTracking::Log => (dirty_log::by_hand(&fd), None),
+            DirtyTracking::Ring => (false, Some(harvest::enable(&fd, &ram)?)),
+        };
+        let vm = Self { kvm, fd, ram, clears_dirty_log, rings };
         vm.map_ram(false)?;
         Ok(vm)
     }
@@ -86,8 +95,14 @@ impl Vm {
         }
     }
 
+    /// Makes the vCPU `index`, each once and in order.
     pub(crate) fn create_vcpu(&self, index: u8) -> Result<VcpuFd, Error> {
-        self.fd.create_vcpu(u64::from(index)).map_err(Error::ioctl("KVM_CREATE_VCPU"))
+        let vcpu = self.fd.create_vcpu(u64::from(index));
+        let vcpu = vcpu.map_err(Error::ioctl("KVM_CREATE_VCPU"))?;
+        if let Some(rings) = &self.rings {
+            rings.add(&vcpu)?;
+        }
+        Ok(vcpu)
     }
 
     /// Whether KVM's dirty log keeps every bit until it is told to clear it.

@@ -22,7 +22,7 @@ use crate::arch::model::Processors;
 use crate::arch::vcpu::Seen;
 use crate::arch::{acpi, cpuid, layout, mptable, msr, regs};
 use crate::boot;
-use crate::config::{Boot, DeviceConfig, HugePages, MachineConfig};
+use crate::config::{Boot, DeviceConfig, DirtyTracking, HugePages, MachineConfig};
 use crate::console::{Output, Room};
 use crate::event::Events;
 use crate::kvm::{self, IrqLine, Routes, Vm};
@@ -34,6 +34,8 @@ use crate::vcpu::{self, Exits, Vcpu, Vcpus, Wiring};
 #[derive(Clone, Debug)]
 pub(crate) struct HostSide {
     pub(crate) hugepages: Option<HugePages>,
+    /// How it is known what the guest writes.
+    pub(crate) dirty_tracking: DirtyTracking,
     /// The host's devices that the guest is given.
     pub(crate) devices: Vec<DeviceConfig>,
     /// Where COM1 writes to.
@@ -127,7 +129,7 @@ impl Machine {
         ram: Ram,
         load: impl FnOnce(&Vm, &VcpuFd, &Processors) -> Result<(), Error>,
     ) -> Result<Self, Error> {
-        let vm = Arc::new(Vm::new(ram)?);
+        let vm = Arc::new(Vm::new(ram, host.dirty_tracking)?);
         let NewVcpus { fds, shown, processors, seen } = create_vcpus(&vm, config)?;
         load(&vm, &fds[0], &processors)?;
 

@@ -62,6 +62,7 @@ pub(crate) fn run(config: RunConfig) -> Result<Ending, Error> {
     let console = Console::open(&config.serial)?;
     let host = HostSide {
         hugepages: config.hugepages,
+        dirty_tracking: config.dirty_tracking,
         devices: config.devices.clone(),
         output: console.output(),
         room: console.room(),

@@ -44,12 +44,21 @@ impl Vcpus {
     pub(crate) fn pause(&self) -> Result<(), Error> {
         // All are asked before the first is waited for, so that they leave together.
         let pausing: Vec<_> = self.iter().map(Vcpu::pause).collect::<Result<_, _>>()?;
-        pausing.into_iter().try_for_each(Paused::wait)
+        pausing.into_iter().try_for_each(Leaving::wait)
     }
 
-    /// Has those that run leave the guest for `time`, or until they are told anything else.
-    fn rest(&self, time: Duration) {
-        for vcpu in self.iter() {
+    /// Has all vCPUs leave the guest once, so that what they wrote has come to their dirty rings.
+    /// Those that run go back to it.
+    pub(crate) fn step_out(&self) -> Result<(), Error> {
+        let leaving: Vec<_> = self.iter().map(Vcpu::step_out).collect::<Result<_, _>>()?;
+        leaving.into_iter().try_for_each(Leaving::wait)
+    }
+
+    /// Has vCPUs stay out of the guest for a time that `time` tells by their number, if it does:
+    /// until then, or until they are told so again.
+    fn rest(&self, time: impl Fn(usize) -> Option<Duration>) {
+        let told = self.iter().enumerate().filter_map(|(index, vcpu)| Some((vcpu, time(index)?)));
+        for (vcpu, time) in told {
             if let Err(error) = vcpu.tell(Command::Rest(time)) {
                 tracing::debug!(%error, "cannot let it rest");
             }
@@ -68,6 +77,7 @@ pub(crate) struct Vcpu {
 enum Command {
     Resume,
     Pause(Sender<()>),
+    StepOut(Sender<()>),
     Rest(Duration),
     Save(Sender<Result<VcpuV1, kvm::Error>>),
     UsedMsrs(Sender<Result<Vec<u32>, kvm::Error>>),
@@ -118,9 +128,14 @@ impl Vcpu {
         self.tell(Command::Resume)
     }
 
-    /// Asks it to leave the guest; [`Paused::wait`] returns once it has.
-    fn pause(&self) -> Result<Paused, Error> {
-        self.ask(Command::Pause).map(|reply| Paused { index: self.index, reply })
+    /// Asks it to leave the guest and stay out; [`Leaving::wait`] returns once it has.
+    fn pause(&self) -> Result<Leaving, Error> {
+        self.ask(Command::Pause).map(|reply| Leaving { index: self.index, reply })
+    }
+
+    /// Asks it to leave the guest; [`Leaving::wait`] returns once it has.
+    fn step_out(&self) -> Result<Leaving, Error> {
+        self.ask(Command::StepOut).map(|reply| Leaving { index: self.index, reply })
     }
 
     /// Reads its state. It must be paused.
@@ -180,13 +195,13 @@ impl Drop for Vcpu {
 
 /// A vCPU on its way out of the guest.
 #[must_use]
-struct Paused {
+struct Leaving {
     index: u8,
     reply: Receiver<()>,
 }
 
-impl Paused {
-    /// Returns when the vCPU is out of the guest and its last exit is completed.
+impl Leaving {
+    /// Returns when the vCPU is out of the guest; if it was paused, with its last exit completed.
     fn wait(self) -> Result<(), Error> {
         self.reply.recv().map_err(|_| Error::Gone(self.index))
     }

@@ -6,10 +6,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
-use std::time::Duration;
+use std::time::Instant;
 
 use devices::bus::Bus;
-use kvm_bindings::kvm_run;
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{Command, signal};
@@ -40,15 +40,15 @@ pub(super) struct Runner {
     vm: Arc<Vm>,
     wiring: Wiring,
     running: bool,
-    /// How long to stay out of the guest, once, although it runs.
-    rest: Option<Duration>,
+    /// Until when to stay out of the guest although it runs.
+    rest: Option<Instant>,
     /// What is still to be written before it first runs here.
     later: Vec<(u32, u64)>,
 }
 
 /// Why a vCPU is out of the guest.
 enum Left {
-    /// For an access, which was served.
+    /// For something that was served.
     Exit,
     /// Because somebody asked.
     Interrupted,
@@ -71,7 +71,8 @@ impl Runner {
             match command {
                 Some(Command::Resume) => self.resume(),
                 Some(Command::Pause(reply)) => self.pause(&reply),
-                Some(Command::Rest(time)) => self.rest = self.running.then_some(time),
+                Some(Command::StepOut(reply)) => drop(reply.send(())),
+                Some(Command::Rest(time)) => self.rest = Some(Instant::now() + time),
                 Some(Command::Save(reply)) => drop(reply.send(self.save())),
                 Some(Command::UsedMsrs(reply)) => {
                     drop(reply.send(vcpu::used_msrs(self.vm.kvm(), &self.fd)));
@@ -92,9 +93,13 @@ impl Runner {
         if !self.running {
             return commands.recv().map_err(|_| TryRecvError::Disconnected);
         }
-        if let Some(rest) = self.rest.take() {
-            return commands.recv_timeout(rest).map_err(|error| match error {
-                RecvTimeoutError::Timeout => TryRecvError::Empty,
+        if let Some(end) = self.rest {
+            let left = end.saturating_duration_since(Instant::now());
+            return commands.recv_timeout(left).map_err(|error| match error {
+                RecvTimeoutError::Timeout => {
+                    self.rest = None;
+                    TryRecvError::Empty
+                }
                 RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
             });
         }
@@ -109,7 +114,7 @@ impl Runner {
             return self.wiring.events.send(Event::Died { vcpu: self.index, why });
         }
         vcpu::note_pause(&self.fd);
-        self.running = true;
+        (self.running, self.rest) = (true, None);
     }
 
     fn load(&mut self, state: vcpu::VcpuV1) -> Result<(), crate::kvm::Error> {
@@ -170,6 +175,10 @@ impl Runner {
                 mmio.write(address, data);
                 return Left::Exit;
             }
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => match self.vm.harvest() {
+                Ok(_) => return Left::Exit,
+                Err(error) => format!("its dirty ring is full: {}", cause::chain(&error)),
+            },
             Ok(VcpuExit::Intr) => return Left::Interrupted,
             Ok(VcpuExit::Shutdown) => "triple fault".to_owned(),
             Ok(VcpuExit::InternalError) => {

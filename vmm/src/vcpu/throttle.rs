@@ -1,13 +1,14 @@
 //! Keeping vCPUs from running for a part of the time, so that their guest writes less.
 //!
-//! A thread tells all of them together to rest, again and again: those that wait for each other
-//! run at the same time. KVM does not tell which of them writes how much on every processor (where
-//! the hardware logs writes, there are no faults to count), so that all get the same share.
+//! A thread tells those that are slowed down to rest, all of them together, again and again: those
+//! that wait for each other run at the same time.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
+
+use migration::policy::Shares;
 
 use super::Vcpus;
 
@@ -18,11 +19,11 @@ const LEAST_RUN: Duration = Duration::from_millis(1);
 /// More than that is a stop.
 const MOST: u8 = 99;
 
-/// Slows all vCPUs of a machine down, until it is dropped.
+/// Slows vCPUs of a machine down, until it is dropped.
 pub(crate) struct Throttle {
     vcpus: Arc<Vcpus>,
     /// What tells them to rest, while there is something to tell.
-    working: Option<(Sender<u8>, JoinHandle<()>)>,
+    working: Option<(Sender<Shares>, JoinHandle<()>)>,
 }
 
 impl Throttle {
@@ -31,18 +32,17 @@ impl Throttle {
         Self { vcpus, working: None }
     }
 
-    /// Keeps the vCPUs from running for `percent` of the time from now on.
-    pub(crate) fn set(&mut self, percent: u8) {
-        let percent = percent.min(MOST);
+    /// Keeps vCPUs from running for so much of the time from now on.
+    pub(crate) fn set(&mut self, shares: &Shares) {
         match &self.working {
-            _ if percent == 0 => self.stop(),
+            _ if shares.most() == 0 => self.stop(),
             Some((changes, _)) => {
-                changes.send(percent).expect("the thread listens until it is told to end");
+                changes.send(shares.clone()).expect("the thread listens until it is told to end");
             }
             None => {
                 let (changes, heard) = channel();
-                let vcpus = self.vcpus.clone();
-                let work = move || work(&vcpus, percent, &heard);
+                let (vcpus, shares) = (self.vcpus.clone(), shares.clone());
+                let work = move || work(&vcpus, shares, &heard);
                 match Builder::new().name("throttle".into()).spawn(work) {
                     Ok(thread) => self.working = Some((changes, thread)),
                     Err(error) => tracing::warn!(%error, "cannot slow the guest down"),
@@ -57,7 +57,7 @@ impl Throttle {
         if thread.join().is_err() {
             tracing::error!("the thread that slows vCPUs down panicked");
         }
-        self.vcpus.rest(Duration::ZERO);
+        self.vcpus.rest(|_| Some(Duration::ZERO));
     }
 }
 
@@ -67,23 +67,27 @@ impl Drop for Throttle {
     }
 }
 
-fn work(vcpus: &Vcpus, mut percent: u8, changes: &Receiver<u8>) {
+fn work(vcpus: &Vcpus, mut shares: Shares, changes: &Receiver<Shares>) {
     loop {
-        let (run, rest) = turn(percent);
-        vcpus.rest(rest);
-        match changes.recv_timeout(run + rest) {
-            Ok(change) => percent = change,
+        let turn = turn(shares.most());
+        vcpus.rest(|vcpu| rest(turn, shares.of(vcpu)));
+        match changes.recv_timeout(turn) {
+            Ok(change) => shares = change,
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
     }
 }
 
-/// How long vCPUs run and rest in each turn that rest for `percent`, below 100, of the time.
-fn turn(percent: u8) -> (Duration, Duration) {
-    let (rests, runs) = (u32::from(percent), u32::from(100 - percent));
-    let run = (TURN * runs / 100).max(LEAST_RUN);
-    (run, run * rests / runs)
+/// How long a turn lasts in which some vCPU rests for `most` percent of the time.
+fn turn(most: u8) -> Duration {
+    let runs = 100 - u32::from(most.min(MOST));
+    TURN.max(LEAST_RUN * 100 / runs)
+}
+
+/// How long a vCPU rests in a turn so that it does for `percent` of the time; none if it need not.
+fn rest(turn: Duration, percent: u8) -> Option<Duration> {
+    (percent > 0).then(|| turn * u32::from(percent.min(MOST)) / 100)
 }
 
 #[cfg(test)]
@@ -91,12 +95,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_turn_has_the_share_that_was_asked_for() {
-        for percent in 1..=MOST {
-            let (run, rest) = turn(percent);
-            let share = rest.as_secs_f64() / (run + rest).as_secs_f64();
-            assert!((share * 100.0 - f64::from(percent)).abs() < 0.01, "{percent}: {share}");
-            assert!(run >= LEAST_RUN && run + rest <= 5 * TURN, "{percent}");
+    fn in_a_turn_each_vcpu_has_the_share_that_was_asked_for() {
+        for most in 1..=MOST {
+            let turn = turn(most);
+            assert!(turn >= TURN && turn <= 5 * TURN, "{most}: {turn:?}");
+            assert!(turn - rest(turn, most).unwrap() >= LEAST_RUN, "{most}");
+            for percent in 1..=most {
+                let share = rest(turn, percent).unwrap().as_secs_f64() / turn.as_secs_f64();
+                assert!((share * 100.0 - f64::from(percent)).abs() < 0.01, "{percent}: {share}");
+            }
+            assert_eq!(rest(turn, 0), None, "it is left alone");
         }
     }
 }

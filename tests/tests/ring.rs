@@ -1,0 +1,56 @@
+//! A running Linux guest moves, and KVM's dirty rings tell what it writes meanwhile.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+use std::process::Stdio;
+
+use tests::inside_lab;
+use tests::vm::{Report, SHORT, Uvmm, Vm};
+
+const TRIPS: usize = 4;
+const RING: [&str; 2] = ["--dirty-tracking", "ring"];
+
+/// A guest that rewrites and checks `mib` with `threads`, one for each of its vCPUs or less.
+fn guest(uvmm: &Uvmm, mib: u32, threads: u32) -> Vm {
+    let arguments = [&["--memory", "128M", "--cpus", "2"], RING.as_slice()].concat();
+    uvmm.working_guest("host-0", &arguments, mib, threads).unwrap()
+}
+
+#[test]
+fn a_guest_goes_from_ring_to_ring_and_every_page_is_what_it_was() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut vm = guest(&uvmm, 8, 2);
+    let mut checked = vm.pages_checked().unwrap();
+    for trip in 1..=TRIPS {
+        let (mut there, address) = uvmm.incoming_with(&format!("host-{trip}"), &RING).unwrap();
+        let mut line =
+            uvmm.command(["migrate", "--vm", &vm.name, "--to", &address, "--json", "--checksums"]);
+        let child = line.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let report = Report::of(child, SHORT).unwrap();
+        assert_eq!(report.status, "completed", "{report:?} {}", vm.errors().unwrap());
+        assert!(!there.errors().unwrap().contains("WARN"));
+        assert!(!vm.errors().unwrap().contains("lost track"), "this KVM overran a ring");
+        checked = there.works_on(checked).unwrap();
+        println!("migration {trip}: {:.0} ms down, {} rounds", report.downtime_ms, report.rounds);
+        std::mem::swap(&mut vm, &mut there);
+    }
+}
+
+#[test]
+fn the_vcpu_that_writes_is_slowed_down_and_the_other_runs_on() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
+    let mut vm = guest(&uvmm, 16, 1);
+    vm.says("for pid in $(ls /proc/$(pidof guest-load)/task); do taskset -p 2 $pid; done").unwrap();
+    let (mut there, address) = uvmm.incoming_with("host-1", &RING).unwrap();
+    let line =
+        ["migrate", "--vm", "host-0", "--to", &address, "--json", "--bandwidth-limit", "10M"];
+    let wish = ["--downtime-limit", "100ms", "--on-no-convergence", "throttle"];
+    let mut line = uvmm.command(line.into_iter().chain(wish));
+    let child = line.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let report = Report::of(child, SHORT * 3).unwrap();
+    println!("{report:?}");
+    assert_eq!(report.status, "completed", "{report:?} {}", vm.errors().unwrap());
+    let [other, writer] = report.throttled_vcpus[..] else { panic!("{report:?}") };
+    assert!(writer >= 20 && other < writer / 2, "{report:?}");
+    there.works_on(0).unwrap();
+}
