@@ -42,9 +42,8 @@ fn the_vcpu_that_writes_is_slowed_down_and_the_other_runs_on() {
     let mut vm = guest(&uvmm, 16, 1);
     vm.says("for pid in $(ls /proc/$(pidof guest-load)/task); do taskset -p 2 $pid; done").unwrap();
     let (mut there, address) = uvmm.incoming_with("host-1", &RING).unwrap();
-    let line =
-        ["migrate", "--vm", "host-0", "--to", &address, "--json", "--bandwidth-limit", "10M"];
-    let wish = ["--downtime-limit", "100ms", "--on-no-convergence", "throttle"];
+    let line = ["migrate", "--vm", "host-0", "--to", &address, "--json", "--bandwidth-limit", "3M"];
+    let wish = ["--downtime-limit", "50ms", "--on-no-convergence", "throttle"];
     let mut line = uvmm.command(line.into_iter().chain(wish));
     let child = line.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let report = Report::of(child, SHORT * 3).unwrap();

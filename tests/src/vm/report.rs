@@ -25,6 +25,9 @@ pub struct Report {
     pub bytes_sent: u64,
     /// While it moved memory.
     pub throughput_mib_s: f64,
+    /// For how much of the time each vCPU was kept from running, in percent.
+    #[serde(default)]
+    pub throttled_vcpus: Vec<u8>,
     /// The assigned devices.
     #[serde(default)]
     pub devices: Vec<Device>,
