@@ -113,6 +113,10 @@ fn meet<H: Host, L: Listener>(
         | (first @ Received::State(_), true) => {
             Ok(Some(Met { peer, lanes, guest, token, first, shared }))
         }
+        // The others were quicker, and left nothing to this connection.
+        (first @ Received::Message(Message::RoundEnd), false) if streams > 1 => {
+            Ok(Some(Met { peer, lanes, guest, token, first, shared }))
+        }
         (Received::Message(other), _) => Err(peer.unexpected(&other).into()),
         (Received::State(_), false) => Err(peer.garbage("state".into()).into()),
         (_, true) => Err(peer.garbage("memory that it shares".into()).into()),

@@ -147,13 +147,25 @@ fn high(pages: u64) -> Run {
 }
 
 /// Plays a whole migration with lanes that are there; `lie` about what the first of them carried.
-fn whole(source: Source, mut lanes: [Channel<UnixStream>; 2], lie: fn(Totals) -> Totals) {
+fn whole(source: Source, lanes: [Channel<UnixStream>; 2], lie: fn(Totals) -> Totals) {
+    whole_with(source, lanes, lie, 1);
+}
+
+/// The same, where the first connection carries so many pages itself.
+fn whole_with(
+    source: Source,
+    mut lanes: [Channel<UnixStream>; 2],
+    lie: fn(Totals) -> Totals,
+    own: u64,
+) {
     let Source { mut peer, token, .. } = source;
     assert_eq!(layout(&ram(LOW_PAGES)).len(), 2);
     let [one, two] = &mut lanes;
-    peer.send_zero(run(0, 1)).unwrap();
-    peer.flush().unwrap();
-    one.send_zero(run(1, LOW_PAGES - 1)).unwrap();
+    if own > 0 {
+        peer.send_zero(run(0, own)).unwrap();
+        peer.flush().unwrap();
+    }
+    one.send_zero(run(own, LOW_PAGES - own)).unwrap();
     two.send_zero(high(HIGH_PAGES)).unwrap();
     for lane in [&mut *one, &mut *two] {
         lane.send(&Message::RoundEnd).unwrap();
@@ -175,6 +187,16 @@ fn connections_may_come_in_any_order() {
         whole(source, [one, two], |totals| totals);
     });
     // All memory came; only the state of the machine was none.
+    assert!(!ran);
+    assert!(error.unwrap().contains("lacks counter"));
+}
+
+#[test]
+fn the_first_connection_may_find_nothing_left_to_carry() {
+    let (error, ran) = met(|source| {
+        let lanes = [1, 2].map(|lane| source.join(source.token, lane).unwrap());
+        whole_with(source, lanes, |totals| totals, 0);
+    });
     assert!(!ran);
     assert!(error.unwrap().contains("lacks counter"));
 }
