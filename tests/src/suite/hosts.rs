@@ -15,8 +15,8 @@ use crate::tier;
 /// An emulated lab host keeps one processor of this machine busy, and a half.
 const HOSTS: usize = 2;
 /// Programs that take long begin first, the longest first.
-const LONG: [&str; 8] =
-    ["pause", "migrate", "mishaps", "hotplug", "guest_driver", "evict", "faults", "boot"];
+const LONG: [&str; 9] =
+    ["mishaps", "pause", "migrate", "faults", "hotplug", "ring", "guest_driver", "evict", "boot"];
 
 /// What runs, and how.
 pub(super) struct Run<'a> {
