@@ -18,7 +18,7 @@ use rustix::net::{
 };
 
 use super::typing::Typing;
-use super::{Host, Vm, is_running, usable};
+use super::{Host, Vm, comes_to_run, usable};
 
 /// How a frame of state begins on the wire, and a message of 17 bytes that is READY.
 const STATE: [u8; 4] = [4, 0, 0, 0];
@@ -70,7 +70,7 @@ fn memory_is_not_shared_with_another_host() {
     let _web = host.run("--memory 64M");
     let (moved, said) = host.uvmm("migrate --vm web --to localhost:1 --shared-memory");
     assert!(!moved && said.contains("give --to unix:PATH") && said.lines().count() == 1, "{said}");
-    assert!(is_running(&host));
+    assert!(comes_to_run(&host));
 }
 
 /// What somebody between the two sides sees of the memory.
@@ -178,7 +178,7 @@ fn a_destination_that_loaded_everything_has_not_touched_memory_and_the_source_go
     assert!(seen.before.is_some() && seen.after.is_some(), "{report}");
     assert_eq!(seen.written(), [""; 0], "somebody wrote to the memory");
     assert!(!host.uvmm("info --vm there --json").1.contains("\"running\""));
-    assert!(is_running(&host));
+    assert!(comes_to_run(&host));
     drop(there);
     to_web.is_whole();
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use super::typing::Typing;
-use super::{Host, Vm, is_running, usable};
+use super::{Host, Vm, comes_to_run, usable};
 
 /// A VM with a guest that has filled half of its memory and keeps writing.
 fn busy(host: &Host) -> Vm {
@@ -35,7 +35,7 @@ fn a_guest_goes_on_beside_two_whole_copies_of_it() {
     let _web = busy(&host);
     let (written, said) = host.uvmm(&format!("snapshot --vm web {}", file.display()));
     assert!(written && said.contains("web.snap: 3"), "half of it is zero: {said}");
-    assert!(is_running(&host));
+    assert!(comes_to_run(&host));
     assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     let (_first, mut to_first) = copy(&host, "first");
     let (_second, mut to_second) = copy(&host, "second");
@@ -93,7 +93,7 @@ fn a_snapshot_that_cannot_be_written_or_read_is_one_line_and_hurts_nobody() {
     for file in ["/dev/null", "/no/such/dir/it", "/"] {
         let (written, said) = host.uvmm(&format!("snapshot --vm web {file}"));
         assert!(!written && said.contains("cannot write") && said.lines().count() == 1, "{said}");
-        assert!(is_running(&host));
+        assert!(comes_to_run(&host));
     }
     let file = host.path("web.snap");
     assert!(host.uvmm(&format!("snapshot --vm web {}", file.display())).0);
