@@ -10,7 +10,7 @@ const TRIPS: usize = 20;
 const CPUS: &str = "2";
 /// A guest that rewrites and checks memory and reads its clocks.
 fn loaded_guest(uvmm: &Uvmm, name: &str) -> Vm {
-    uvmm.working_guest(name, &["--memory", "128M", "--cpus", CPUS], 24, 2).unwrap()
+    uvmm.working_guest(name, &["--memory", "128M", "--cpus", CPUS], 8, 2).unwrap()
 }
 
 /// How much the workload has checked so far.

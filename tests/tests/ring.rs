@@ -3,7 +3,7 @@
 use tests::inside_lab;
 use tests::vm::{Report, SHORT, Uvmm, Vm};
 
-const TRIPS: usize = 4;
+const TRIPS: usize = 3;
 const RING: [&str; 2] = ["--dirty-tracking", "ring"];
 
 /// A guest that rewrites and checks `mib` with `threads`, one for each of its vCPUs or less.
