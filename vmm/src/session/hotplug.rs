@@ -209,7 +209,7 @@ fn choose(slots: &Slots, wanted: Option<u8>, promised: &[u8]) -> Result<u8, Stri
     let is_free = |number: u8| {
         !promised.contains(&number) && slots.status(number).is_ok_and(|slot| !slot.view.card)
     };
-    let number = match wanted {
+    Ok(match wanted {
         Some(number) if !slots.numbers().any(|known| known == number) => {
             return Err(format!("there is no slot {number}: choose 1 to {count}"));
         }
@@ -218,6 +218,5 @@ fn choose(slots: &Slots, wanted: Option<u8>, promised: &[u8]) -> Result<u8, Stri
         None => slots.numbers().find(|number| is_free(*number)).ok_or_else(|| {
             format!("all {count} slots are taken: unplug a device, or run the guest with more by --pci-slots")
         })?,
-    };
-    Ok(number)
+    })
 }

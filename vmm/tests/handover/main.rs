@@ -207,13 +207,18 @@ struct Scene {
 }
 
 fn stopped_at(message: u8) -> Scene {
+    stopped_at_of(message, "")
+}
+
+/// The same, with `more` on the command line of the migration.
+fn stopped_at_of(message: u8, more: &str) -> Scene {
     let (home, away) = (Host::new(), Host::new());
     let at = free_port();
     let incoming = format!("--incoming tcp:{at}");
     let destination = away.run(&incoming);
     let source = home.run("--memory 64M");
     let proxy = Proxy::holding(message, at);
-    let line = format!("migrate --vm web --to {} --json", proxy.address);
+    let line = format!("migrate --vm web --to {} --json {more}", proxy.address);
     let migrate = home.command(&line).spawn().unwrap();
     proxy.wait();
     Scene { home, away, incoming, source, destination, proxy, migrate }
@@ -371,12 +376,11 @@ fn processors_that_a_host_has_not_are_refused_with_a_list() {
 }
 
 #[test]
-#[ignore = "takes more than a minute: a source asks for so long"]
 fn an_undecided_guest_is_decided_by_asking_again() {
     if !usable() {
         return;
     }
-    let scene = stopped_at(COMMIT);
+    let scene = stopped_at_of(COMMIT, "--undecided-after 2s");
     scene.proxy.open.store(false, Ordering::SeqCst);
     assert_eq!(status(scene.migrate), "undecided");
     let (_, page) = scene.home.uvmm("resolve");
