@@ -1,20 +1,20 @@
 //! A guest whose vCPU is a thread that writes memory, and the hosts it lives on.
 
 use std::fs::File;
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::sources::{Busy, Ledger, behind};
 use crate::compat::{Mismatch, Offer, Profile, Rule, agree};
 use crate::guest::{Arriving, Departing, Host};
 use crate::plan::{Meanwhile, Phase, Plan, Priority, Step, StepFailure};
 use crate::policy::Shares;
-use crate::ram::{DirtySet, DirtySource, OwnWrites, PAGE, PageBitmap, Ram, Window};
+use crate::ram::{DirtySet, OwnWrites, PAGE, Ram};
 use crate::report::Device;
 use crate::state::{Saved, StateError, StateReader, StateWriter};
 
@@ -105,36 +105,56 @@ impl Saved for CounterV1 {
 const STEP: Duration = Duration::from_micros(20);
 
 /// A vCPU: while it runs, it counts and writes the count all over a part of memory.
-pub(super) struct Vcpu {
-    running: Arc<Mutex<bool>>,
-    count: Arc<AtomicU64>,
-    throttle: Arc<AtomicU8>,
-    /// The same of a second vCPU, which does nothing, when it was most.
+struct Vcpu {
+    shared: VcpuState,
+    /// Its throttle, of a second vCPU, which does nothing, when it was most.
     bystander: u8,
     thread: Option<(JoinHandle<()>, Arc<AtomicBool>)>,
 }
 
+/// What is known of a vCPU by those who stop it, slow it down or read its writes.
+#[derive(Clone)]
+pub(super) struct VcpuState {
+    pub(super) running: Arc<Mutex<bool>>,
+    pub(super) count: Arc<AtomicU64>,
+    /// For how much of the time it is kept from running, in percent.
+    pub(super) throttle: Arc<AtomicU8>,
+    /// Whether it writes by itself.
+    pub(super) writes: Arc<AtomicBool>,
+}
+
+impl VcpuState {
+    /// Writes the next count somewhere in the `pages` pages from `first` on.
+    pub(super) fn write(&self, ram: &Ram, first: u64, pages: u64) {
+        let next = self.count.fetch_add(1, Ordering::Relaxed) + 1;
+        let address = (first + next % pages) * PAGE + (next * 8) % PAGE;
+        ram.write_obj(next, GuestAddress(address)).unwrap();
+    }
+}
+
 impl Vcpu {
     fn new(count: u64) -> Self {
-        let (running, count) = (Arc::new(Mutex::new(true)), Arc::new(AtomicU64::new(count)));
-        Self { running, count, throttle: Arc::default(), bystander: 0, thread: None }
+        let shared = VcpuState {
+            running: Arc::new(Mutex::new(true)),
+            count: Arc::new(AtomicU64::new(count)),
+            throttle: Arc::default(),
+            writes: Arc::default(),
+        };
+        Self { shared, bystander: 0, thread: None }
     }
 
     fn start(&mut self, ram: &Ram, first: u64, pages: u64) {
-        let (running, count) = (self.running.clone(), self.count.clone());
-        let (ram, quit) = (ram.clone(), Arc::new(AtomicBool::new(false)));
-        let (quits, throttle) = (quit.clone(), self.throttle.clone());
+        let (shared, ram) = (self.shared.clone(), ram.clone());
+        shared.writes.store(true, Ordering::Relaxed);
+        let quit = Arc::new(AtomicBool::new(false));
+        let quits = quit.clone();
         let work = move || {
             while !quits.load(Ordering::Relaxed) {
-                let runs = running.lock().unwrap();
+                let runs = shared.running.lock().unwrap();
                 if *runs {
-                    let next = count.fetch_add(1, Ordering::Relaxed) + 1;
-                    let address = (first + next % pages) * PAGE + (next * 8) % PAGE;
-                    ram.write_obj(next, GuestAddress(address)).unwrap();
+                    shared.write(&ram, first, pages);
                 }
                 drop(runs);
-                let percent = u32::from(throttle.load(Ordering::Relaxed));
-                thread::sleep(STEP * percent / (100 - percent));
                 thread::sleep(STEP);
             }
         };
@@ -198,74 +218,6 @@ impl Step for FlushRelay {
     fn undo(&mut self) {}
 }
 
-/// A source that remembers every write until it is told to forget it, and starts with all pages,
-/// as KVM's log can.
-struct Ledger {
-    own: OwnWrites,
-    written: PageBitmap,
-    /// Refuses to forget from this call on.
-    fails_at: Option<u32>,
-}
-
-impl DirtySource for Ledger {
-    fn name(&self) -> &'static str {
-        "the ledger"
-    }
-    fn start(&mut self) -> io::Result<()> {
-        self.written = PageBitmap::full(self.own.ram());
-        self.own.start()
-    }
-    fn collect(&mut self, pages: &mut PageBitmap) -> io::Result<()> {
-        self.own.collect(&mut self.written)?;
-        // Whoever wants a later call to fail wants the guest to write until then, however busy
-        // this machine is.
-        let patience = Instant::now() + Duration::from_secs(1);
-        while self.fails_at.is_some() && self.written.is_empty() && Instant::now() < patience {
-            thread::sleep(Duration::from_millis(1));
-            self.own.collect(&mut self.written)?;
-        }
-        pages.unite(&self.written);
-        Ok(())
-    }
-    fn forget(&mut self, pages: &Window<'_>) -> io::Result<()> {
-        if let Some(left) = &mut self.fails_at {
-            *left = left.checked_sub(1).ok_or(io::ErrorKind::Unsupported)?;
-        }
-        self.own.collect(&mut self.written)?;
-        self.written.subtract(pages);
-        Ok(())
-    }
-    fn stop(&mut self) {
-        self.written.clear();
-    }
-}
-
-/// A source that knows that all is written by the first of two vCPUs.
-struct Told {
-    own: OwnWrites,
-    by_vcpu: [u64; 2],
-}
-
-impl DirtySource for Told {
-    fn name(&self) -> &'static str {
-        "the first vCPU"
-    }
-    fn start(&mut self) -> io::Result<()> {
-        self.own.start()
-    }
-    fn collect(&mut self, pages: &mut PageBitmap) -> io::Result<()> {
-        let mut written = PageBitmap::empty(self.own.ram());
-        self.own.collect(&mut written)?;
-        self.by_vcpu = [written.count(), 0];
-        pages.unite(&written);
-        Ok(())
-    }
-    fn by_vcpu(&self) -> &[u64] {
-        &self.by_vcpu
-    }
-    fn stop(&mut self) {}
-}
-
 pub(super) struct FakeGuest {
     pub(super) ram: Ram,
     vcpu: Vcpu,
@@ -288,10 +240,9 @@ impl FakeGuest {
         ram.write_slice(b"first", GuestAddress(PAGE + 7)).unwrap();
         ram.write_slice(&[7; 5000], GuestAddress(HIGH + PAGE)).unwrap();
         let vcpu = Vcpu::new(41);
-        let mut dirty = DirtySet::new();
-        dirty.add(OwnWrites::new(ram.clone()));
+        let dirty = behind(&vcpu.shared, OwnWrites::new(ram.clone()));
         let mut plan = Plan::new();
-        let stop = StopVcpu { running: vcpu.running.clone(), world: world.clone() };
+        let stop = StopVcpu { running: vcpu.shared.running.clone(), world: world.clone() };
         plan.at(Phase::Quiesce, Priority::VCPUS, stop);
         if fault == Fault::StuckDevice {
             plan.at(Phase::Quiesce, Priority::ASSIGNED, Stuck);
@@ -305,9 +256,7 @@ impl FakeGuest {
 
     /// Keeps its dirty log until it is forgotten, which fails from the call `fails_at` on.
     pub(super) fn keep_a_ledger(&mut self, fails_at: Option<u32>) {
-        let (own, written) = (OwnWrites::new(self.ram.clone()), PageBitmap::empty(&self.ram));
-        self.dirty = DirtySet::new();
-        self.dirty.add(Ledger { own, written, fails_at });
+        self.dirty = behind(&self.vcpu.shared, Ledger::new(&self.ram, fails_at));
     }
 
     /// Lets its vCPU write `pages` pages from `first` on, over and over.
@@ -317,7 +266,7 @@ impl FakeGuest {
 
     /// For how much of the time its vCPU is kept from running.
     pub(super) fn throttled(&self) -> u8 {
-        self.vcpu.throttle.load(Ordering::Relaxed)
+        self.vcpu.shared.throttle.load(Ordering::Relaxed)
     }
 
     /// For how much of the time a vCPU that writes nothing was kept from running, at most.
@@ -325,14 +274,16 @@ impl FakeGuest {
         self.vcpu.bystander
     }
 
-    /// Tells of each page which of its vCPUs wrote it.
-    pub(super) fn tell_who_writes(&mut self) {
+    /// Lets its vCPU write all the time, and faster than it is sent; if it `tells`, which of its
+    /// vCPUs wrote each page.
+    pub(super) fn outrun(&mut self, tells: bool) {
+        let busy = Busy::new(&self.ram, self.vcpu.shared.clone(), tells);
         self.dirty = DirtySet::new();
-        self.dirty.add(Told { own: OwnWrites::new(self.ram.clone()), by_vcpu: [0; 2] });
+        self.dirty.add(busy);
     }
 
     pub(super) fn count(&self) -> u64 {
-        self.vcpu.count.load(Ordering::Relaxed)
+        self.vcpu.shared.count.load(Ordering::Relaxed)
     }
 }
 
@@ -351,7 +302,7 @@ impl Departing for FakeGuest {
         &mut self.dirty
     }
     fn throttle(&mut self, shares: &Shares) {
-        self.vcpu.throttle.store(shares.of(0), Ordering::Relaxed);
+        self.vcpu.shared.throttle.store(shares.of(0), Ordering::Relaxed);
         self.vcpu.bystander = self.vcpu.bystander.max(shares.of(1));
     }
     fn plan(&mut self) -> &mut Plan {

@@ -11,6 +11,7 @@ mod peers;
 mod restarts;
 mod shared;
 mod snapshots;
+mod sources;
 mod streams;
 mod versions;
 mod visitors;
