@@ -236,6 +236,14 @@ impl<S: Stream> Link<S> {
         self.output.extend(bytes);
     }
 
+    /// Gathers what `slice` holds now, and gives that.
+    pub(super) fn gather_memory<B: BitmapSlice>(&mut self, slice: &VolatileSlice<'_, B>) -> &[u8] {
+        let start = self.output.len();
+        self.output.resize(start + slice.len(), 0);
+        slice.copy_to(&mut self.output[start..]);
+        &self.output[start..]
+    }
+
     /// Forgets what was gathered.
     pub(super) fn forget(&mut self) {
         self.output.clear();

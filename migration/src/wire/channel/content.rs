@@ -43,11 +43,10 @@ impl<S: Stream> Channel<S> {
             if checked { self.send_summed(slice) } else { self.link.write_memory(slice) }?;
             return Ok(run.len);
         }
-        let content = &mut self.scratch[..slice.len()];
-        slice.copy_to(&mut content[..]);
-        self.link.gather(content);
+        let content = self.link.gather_memory(slice);
         if checked {
-            self.link.gather(&crc32fast::hash(content).to_le_bytes());
+            let sum = crc32fast::hash(content).to_le_bytes();
+            self.link.gather(&sum);
         }
         self.link.flush_much().map(|()| run.len)
     }
