@@ -2,9 +2,12 @@
 //!
 //! What is kept in `devices/fuzz/corpus` and what the targets call valid is run each time, and
 //! changed at random for as long as `UVMM_FUZZ_SECONDS` says, one second for each target unless it
-//! is set. What fails is printed; put it into the corpus.
+//! is set. What fails is printed; put it into the corpus. The seed is printed, too: `UVMM_SEED` gives
+//! it, and then the same is tried in the same order.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+#[path = "../fuzz/random.rs"]
+mod random;
 #[path = "../fuzz/targets/mod.rs"]
 mod targets;
 
@@ -12,33 +15,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use random::Random;
 use targets::{TARGETS, Target};
 
-/// Numbers that look random enough (Marsaglia, "Xorshift RNGs", 2003).
-struct Random(u64);
+/// Bytes that lengths, numbers and kinds often are.
+const TELLING: [u8; 8] = [0, 1, 2, 4, 0x10, 0x7f, 0x80, 0xff];
 
 impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 33).unwrap() % limit.max(1)
-    }
-
-    fn byte(&mut self) -> u8 {
-        const TELLING: [u8; 8] = [0, 1, 2, 4, 0x10, 0x7f, 0x80, 0xff];
-        match self.below(3) {
-            0 => TELLING[self.below(TELLING.len())],
-            _ => u8::try_from(self.below(256)).unwrap(),
-        }
-    }
-
     /// `data` with a few bytes changed, inserted or removed, or more of `other` behind it.
     fn change(&mut self, data: &[u8], other: &[u8]) -> Vec<u8> {
         let mut data = data.to_vec();
         for _ in 0..=self.below(4) {
             let at = self.below(data.len() + 1);
-            let byte = self.byte();
+            let byte = self.byte(TELLING);
             match self.below(5) {
                 0 => data.insert(at, byte),
                 1 if at < data.len() => drop(data.remove(at)),
@@ -67,7 +56,10 @@ fn try_it((name, target, _): Target, data: &[u8]) {
 fn kept(name: &str) -> Vec<Vec<u8>> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
     let entries = std::fs::read_dir(dir).expect("there is a corpus for each target");
-    entries.map(|entry| std::fs::read(entry.unwrap().path()).unwrap()).collect()
+    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    // Directories have their own order on each machine.
+    paths.sort();
+    paths.iter().map(|path| std::fs::read(path).unwrap()).collect()
 }
 
 #[test]
@@ -79,7 +71,7 @@ fn nothing_that_is_said_or_saved_does_harm() {
         let mut known = [kept(name), valid()].concat();
         known.iter().for_each(|data| try_it(target, data));
         let end = Instant::now() + each;
-        let mut random = Random(u64::from(std::process::id()) << 20 | 1);
+        let mut random = Random::new();
         let mut runs = known.len();
         while Instant::now() < end {
             let [one, other] = [0; 2].map(|_| random.below(known.len()));

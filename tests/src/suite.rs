@@ -61,7 +61,8 @@ pub fn run(artefacts: &Artefacts, filter: Option<&str>) -> Result<Vec<Part>> {
     let mut parts = vec![here(artefacts, filter)?];
     let programs = programs()?;
     println!("lab: booting lab hosts for {} test programs", programs.len());
-    parts.extend(hosts::Run { artefacts, lab_itself, filter }.all(programs)?);
+    let seed = tier::seed().to_string();
+    parts.extend(hosts::Run { artefacts, lab_itself, filter, seed }.all(programs)?);
     Ok(parts)
 }
 

@@ -1,5 +1,6 @@
-//! Which tests can run where, and how those that cannot say so.
+//! Which tests can run where, how those that cannot say so, and what they draw from.
 use std::env;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Set to `1` by `cargo lab test` for tests that boot lab hosts themselves.
 pub const LAB: &str = "UVMM_TEST_LAB";
@@ -7,6 +8,18 @@ pub const LAB: &str = "UVMM_TEST_LAB";
 pub const INSIDE: &str = "UVMM_TEST_INSIDE_LAB";
 /// How the line begins that a test prints when it cannot run where it is.
 pub const SKIPPED: &str = "skipped: ";
+/// The number that tests draw from which do things at random; they print it in this form: `NAME=7`.
+pub const SEED: &str = "UVMM_SEED";
+
+/// The number that [`SEED`] gives, or else one of this moment.
+///
+/// # Panics
+/// If it gives no number: whoever wants to see something again should not see something else.
+#[must_use]
+pub fn seed() -> u64 {
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    env::var(SEED).map_or_else(|_| now(), |seed| seed.parse().expect("UVMM_SEED is a number"))
+}
 
 /// Whether `variable` asks for the tests it stands for; if not, says that they are skipped.
 ///

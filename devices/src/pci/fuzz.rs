@@ -3,7 +3,10 @@
 //!
 //! A guest is a script: any bytes are one. Those in `corpus/pci` are run each time, and changed at
 //! random for as long as `UVMM_FUZZ_SECONDS` says, one second unless it is set. A script that fails
-//! is printed; put it into the corpus.
+//! is printed; put it into the corpus. So is the seed: `UVMM_SEED` gives it.
+
+#[path = "../../fuzz/random.rs"]
+mod random;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use migration::state::testing::{load, saved};
 
+use self::random::Random;
 use super::testing::{BRIDGE, Board, Card, MEMORY, PREFETCHABLE, WORKING_REGISTERS};
 use crate::bus::BusDevice;
 use crate::pci::host::{ConfigPorts, Ecam};
@@ -182,36 +186,21 @@ fn nibble(digit: u32) -> u8 {
     u8::try_from(digit).unwrap()
 }
 
-/// Numbers that look random enough (Marsaglia, "Xorshift RNGs", 2003).
-struct Random(u64);
+/// Bytes that kinds, registers and values often are.
+const TELLING: [u8; 8] = [0, 1, 2, 7, 0x1f, 0x3a, 0x40, 0xff];
 
 impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 33).unwrap() % limit.max(1)
-    }
-
-    fn byte(&mut self) -> u8 {
-        const TELLING: [u8; 8] = [0, 1, 2, 7, 0x1f, 0x3a, 0x40, 0xff];
-        match self.below(3) {
-            0 => TELLING[self.below(TELLING.len())],
-            _ => u8::try_from(self.below(256)).unwrap(),
-        }
-    }
-
     /// `script` with a few bytes changed, inserted or removed, or more of `other` behind it.
     fn change(&mut self, script: &[u8], other: &[u8]) -> Vec<u8> {
         let mut script = script.to_vec();
         for _ in 0..=self.below(8) {
             let at = self.below(script.len() + 1);
-            let byte = self.byte();
+            let byte = self.byte(TELLING);
             match self.below(5) {
                 0 => script.insert(at, byte),
                 1 if at < script.len() => drop(script.remove(at)),
                 2 => script.extend(&other[self.below(other.len())..]),
-                3 => script.extend((0..16).map(|_| self.byte()).collect::<Vec<_>>()),
+                3 => script.extend((0..16).map(|_| self.byte(TELLING)).collect::<Vec<_>>()),
                 _ => {
                     if let Some(old) = script.get_mut(at) {
                         *old = byte;
@@ -231,7 +220,7 @@ fn no_guest_of_the_corpus_nor_any_like_them_does_harm() {
     scripts.iter().for_each(|script| try_script(script));
     let seconds = std::env::var("UVMM_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
     let end = Instant::now() + Duration::from_secs(seconds.unwrap_or(1));
-    let mut random = Random(u64::from(std::process::id()) << 20 | 1);
+    let mut random = Random::new();
     while Instant::now() < end {
         let [one, other] = [0; 2].map(|_| random.below(scripts.len()));
         let script = random.change(&scripts[one], &scripts[other]);

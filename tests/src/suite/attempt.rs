@@ -1,7 +1,8 @@
 //! One test of a test program, in a process of its own, and again if it failed.
 //!
 //! Where the lab host is emulated it is slow, and slower at times. A test that passes at a later try
-//! is called flaky, and told of by name.
+//! is called flaky, and told of by name. What it draws at random is the same at each try: other luck
+//! would hide what the first one found.
 use std::convert::Infallible;
 use std::fmt;
 use std::io::{BufRead, BufReader};
@@ -16,7 +17,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::error::{Context, Result};
 use crate::program;
-use crate::tier::SKIPPED;
+use crate::tier::{self, SEED, SKIPPED};
 
 /// No test takes so long.
 const LIMIT: Duration = Duration::from_secs(20 * 60);
@@ -80,12 +81,13 @@ pub(super) fn tests(program: &Path, filter: Option<&str>) -> Result<Vec<String>>
 /// # Errors
 /// If the program cannot be run.
 pub(super) fn run(program: &Path, test: &str, tries: u8, show: impl Fn(&str)) -> Result<Outcome> {
+    let seed = tier::seed().to_string();
     for attempt in 1..=tries {
         if attempt > 1 {
             show(&format!("{test}: try {attempt} of {tries}"));
         }
         let mut command = Command::new(program);
-        command.args(["--exact", test, "--nocapture"]);
+        command.args(["--exact", test, "--nocapture"]).env(SEED, &seed);
         let cannot = || format!("cannot run {}", program.display());
         // Panics and warnings go where the rest goes, in their order.
         let (reader, writer) = std::io::pipe().context(cannot)?;
@@ -134,6 +136,7 @@ fn is_frame(line: &str) -> bool {
 mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
+    use std::path::PathBuf;
 
     use super::*;
 
@@ -160,11 +163,30 @@ mod tests {
     }
 
     #[test]
+    fn each_try_draws_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = script(dir.path(), "echo \"seed $UVMM_SEED $$\"; exit 1");
+        let shown = std::cell::RefCell::new(Vec::new());
+        let show = |line: &str| shown.borrow_mut().push(line.to_owned());
+        assert_eq!(run(&program, "unlucky", 2, show).unwrap(), Outcome::Failed);
+        let seed = |line: &String| line.split(' ').nth(1).and_then(|seed| seed.parse::<u64>().ok());
+        let seeds: Vec<_> =
+            shown.borrow().iter().filter(|l| l.starts_with("seed")).map(seed).collect();
+        assert!(seeds.len() == 2 && seeds[0] == seeds[1] && seeds[0].is_some(), "{shown:?}");
+    }
+
+    /// A program that does what `does` says.
+    fn script(dir: &Path, does: &str) -> PathBuf {
+        let program = dir.join("script");
+        fs::write(&program, format!("#!/bin/sh\n{does}\n")).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        program
+    }
+
+    #[test]
     fn a_test_that_is_skipped_has_failed() {
         let dir = tempfile::tempdir().unwrap();
-        let program = dir.path().join("skips");
-        fs::write(&program, "#!/bin/sh\necho 'skipped: for no reason'\n").unwrap();
-        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let program = script(dir.path(), "echo 'skipped: for no reason'");
         assert_eq!(run(&program, "sometimes", 1, |_| ()).unwrap(), Outcome::Failed);
     }
 

@@ -24,6 +24,8 @@ pub(super) struct Run<'a> {
     /// This program, which runs a test program inside.
     pub(super) lab_itself: PathBuf,
     pub(super) filter: Option<&'a str>,
+    /// What tests draw from, in whichever lab host they run.
+    pub(super) seed: String,
 }
 
 impl Run<'_> {
@@ -85,7 +87,8 @@ impl Run<'_> {
         command.extend(self.filter.map(|filter| format!("--filter={filter}").into()));
         command.push(program.into());
         let (mut line, mut told) = (Vec::new(), None);
-        let status = lab.run(&command, &[(tier::INSIDE, "1")], |_, bytes| -> io::Result<()> {
+        let environment = [(tier::INSIDE, "1"), (tier::SEED, &*self.seed)];
+        let status = lab.run(&command, &environment, |_, bytes| -> io::Result<()> {
             for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
                 line.extend_from_slice(piece);
                 if piece.ends_with(b"\n") {
