@@ -16,7 +16,7 @@ use crate::report::Status;
 use crate::source::Options;
 
 /// A message with a token: header, which message, token, checksum.
-const MESSAGE: usize = 16 + 1 + 16 + 4;
+pub(super) const MESSAGE: usize = 16 + 1 + 16 + 4;
 
 pub(super) fn moved(first: Limits, later: Option<Limits>, options: &Options) -> Tried {
     moved_to(Fault::None, first, later, options)

@@ -43,6 +43,8 @@ pub(super) struct Tried {
     pub(super) sent: Result<Report, Box<Failure>>,
     pub(super) arrived: Result<Arrived<FakeArrival>, Box<Failure>>,
     pub(super) passed: (usize, usize),
+    /// How many connections the source made.
+    pub(super) connections: usize,
 }
 
 impl Tried {
@@ -113,7 +115,7 @@ fn try_all(
     done.cancel();
     let arrived = destination.join().unwrap();
     let passed = *network.passed.lock().unwrap();
-    Tried { world, guest, sent, arrived, passed }
+    Tried { world, guest, sent, arrived, passed, connections: network.connections }
 }
 
 fn moved(fault: Fault, options: &Options) -> Tried {

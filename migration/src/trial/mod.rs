@@ -1,5 +1,6 @@
 //! Both ends in one process: a fake guest, a network that breaks, peers that lie.
 
+mod asking;
 mod bend;
 mod devices;
 mod fake;

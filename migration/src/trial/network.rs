@@ -2,17 +2,21 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
 
 use super::bend::Bend;
 use crate::wire::{Listener, Stream};
+
+/// Longer than any side of a trial waits for the other.
+const STUCK: Duration = Duration::from_secs(20);
 
 /// How a connection breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +60,7 @@ pub(super) struct Line {
     broken: bool,
     /// How far it is, from the source and to it, where it bends and does not break.
     bends: [Bend; 2],
+    local: bool,
     /// What passed, in both directions, for later.
     passed: Arc<Mutex<(usize, usize)>>,
 }
@@ -105,7 +110,22 @@ impl Line {
 
 impl Line {
     fn write_bent(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.bends[0].pass(bytes).iter().try_for_each(|bytes| self.stream.write_all(bytes))
+        let pieces = self.bends[0].pass(bytes);
+        pieces.iter().try_for_each(|piece| self.write_whole(piece))
+    }
+
+    /// Writes all of what became of a write, however long the other side does not read.
+    fn write_whole(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        let start = Instant::now();
+        while !bytes.is_empty() {
+            match self.stream.write(bytes) {
+                Ok(written) => bytes = &bytes[written..],
+                Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
+                Err(error) if start.elapsed() > STUCK => return Err(error),
+                Err(_) => {}
+            }
+        }
+        Ok(())
     }
 
     fn read_bent(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
@@ -181,6 +201,14 @@ impl Stream for Line {
     fn peer(&self) -> String {
         "the fake network".into()
     }
+    /// A file that is passed counts as no byte, but needs a line that is whole.
+    fn local(&self) -> Option<BorrowedFd<'_>> {
+        if self.limits.out == 0 && self.limits.how == Break::Shut {
+            // Else the next byte would find out.
+            let _closed = self.stream.shutdown(Shutdown::Both);
+        }
+        self.local.then(|| self.stream.as_fd())
+    }
 }
 
 /// The destination's end of the network.
@@ -207,11 +235,14 @@ pub(super) struct Network {
     door: Sender<UnixStream>,
     /// How many connections a migration has.
     streams: usize,
-    /// Which of them is watched, and how it is limited.
-    watched: (usize, Limits),
+    /// Which of all are limited, and how. The bytes of the last of these are counted.
+    limited: Vec<(usize, Limits)>,
     /// Those that come after the migration's own; none cannot be made.
     later: Option<Limits>,
-    connections: usize,
+    /// How many were made.
+    pub(super) connections: usize,
+    /// Whether files can be passed over them.
+    pub(super) local: bool,
     /// Bytes that passed over the one that is watched, from the source and to it.
     pub(super) passed: Arc<Mutex<(usize, usize)>>,
 }
@@ -228,9 +259,23 @@ impl Network {
         watched: (usize, Limits),
         later: Option<Limits>,
     ) -> (Self, Door) {
+        Self::limited(streams, vec![watched], later)
+    }
+
+    /// For migrations over one connection, and one on which the source asks; it may ask again.
+    pub(super) fn asked(first: Limits, asking: Limits) -> (Self, Door) {
+        Self::limited(1, vec![(0, first), (1, asking)], Some(Limits::NONE))
+    }
+
+    fn limited(
+        streams: usize,
+        limited: Vec<(usize, Limits)>,
+        later: Option<Limits>,
+    ) -> (Self, Door) {
         let (door, arrivals) = channel();
         let passed = Arc::default();
-        (Self { door, streams, watched, later, connections: 0, passed }, Door(arrivals))
+        let network = Self { door, streams, limited, later, connections: 0, local: false, passed };
+        (network, Door(arrivals))
     }
 
     /// A connection that nobody counts.
@@ -241,19 +286,19 @@ impl Network {
     }
 
     pub(super) fn connect(&mut self) -> io::Result<Line> {
-        let (which, watched) = self.watched;
         let number = self.connections;
         self.connections += 1;
-        let limits = match number {
-            _ if number == which => Some(watched),
-            _ if number < self.streams => Some(Limits::NONE),
-            _ => self.later,
+        let limits = match self.limited.iter().find(|(which, _)| *which == number) {
+            Some((_, limits)) => Some(*limits),
+            None if number < self.streams => Some(Limits::NONE),
+            None => self.later,
         };
         let limits = limits.ok_or(ErrorKind::ConnectionRefused)?;
+        let watched = self.limited.last().is_some_and(|(which, _)| *which == number);
         let (stream, other) = UnixStream::pair()?;
         self.door.send(other).map_err(|_| ErrorKind::ConnectionRefused)?;
-        let passed = if number == which { self.passed.clone() } else { Arc::default() };
+        let passed = if watched { self.passed.clone() } else { Arc::default() };
         let bends = [limits.out, limits.back].map(|at| Bend::new(at, limits.how));
-        Ok(Line { stream, limits, broken: false, bends, passed })
+        Ok(Line { stream, limits, broken: false, bends, local: self.local, passed })
     }
 }

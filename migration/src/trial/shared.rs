@@ -12,8 +12,10 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::fake::{FakeArrival, FakeGuest, FakeHost, Fault, HIGH_PAGES, LOW_PAGES, World};
 use super::fake::{content, mapped};
-use super::journeys::{options, patience, try_moving};
-use super::network::{Limits, Network};
+use super::faults::assert_decided;
+use super::journeys::{Tried, options, patience, try_moving};
+use super::matrix::{hasty, try_each};
+use super::network::{Break, Limits, Network};
 use crate::destination::{Arrived, receive};
 use crate::error::{Failure, one_line};
 use crate::guest::Departing;
@@ -115,6 +117,38 @@ fn whatever_fails_before_commit_the_guest_goes_on_in_memory_that_nobody_touched(
         assert!(arrived.is_err());
         assert_eq!(world.runners(), (true, false), "{says}");
         assert!(content(&guest.ram) == before);
+    }
+}
+
+#[test]
+fn whatever_the_connection_does_shared_memory_has_one_runner() {
+    let tried = |limits: &Limits| {
+        let world = Arc::default();
+        let guest = guest(&world, Fault::None, SEALED);
+        let host = host(&world, Fault::None);
+        let (mut network, door) = Network::new(*limits, Some(Limits::NONE));
+        network.local = true;
+        let options = Options { shared: true, ..hasty() };
+        try_moving(world, guest, host, (network, door), &options)
+    };
+    let untouched = content(&guest(&Arc::default(), Fault::None, SEALED).ram);
+    let check = |tried: &Tried, case: &str| {
+        assert_decided(tried, case);
+        assert!(content(&tried.guest.ram) == untouched, "{case}: someone wrote to its memory");
+    };
+    let whole = tried(&Limits::NONE);
+    check(&whole, "no fault");
+    let (out, back) = whole.passed;
+    assert!(whole.arrived.is_ok() && out < 2048 && back > 100, "{out} bytes, {back} back");
+    let faults = |how, step| {
+        let outs = (0..out).step_by(step).map(move |out| Limits { out, back: usize::MAX, how });
+        let backs = (0..back).step_by(step).map(move |back| Limits { out: usize::MAX, back, how });
+        outs.chain(backs).collect::<Vec<_>>()
+    };
+    for (how, step) in [(Break::Shut, 1), (Break::Flip, 1), (Break::Twice, 7), (Break::Hole, 7)] {
+        let (stayed, arrived) = try_each(&faults(how, step), tried, check);
+        println!("{how:?}: {stayed} stayed, {arrived} arrived");
+        assert!(stayed > 20 && arrived > 5, "{how:?}: {stayed} stayed, {arrived} arrived");
     }
 }
 

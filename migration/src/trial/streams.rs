@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::fake::{FakeGuest, FakeHost, Fault, HIGH_PAGES, LOW_PAGES, World, ram};
 use super::faults::assert_decided;
 use super::journeys::{Tried, options, patience, try_moving};
+use super::matrix::{hasty, try_each};
 use super::network::{Break, Limits, Network};
 use super::visitors::{offer_over, run};
 use crate::destination::receive;
@@ -19,12 +20,23 @@ use crate::patience::Cancel;
 use crate::progress::{Progress, Watch};
 use crate::ram::{PAGE, Run, layout};
 use crate::record::NoRecord;
+use crate::source::Options;
 use crate::wire::{Channel, MOST_STREAMS, Message, PeerError, Received, Totals};
 
 const SECOND: Duration = Duration::from_secs(1);
 
 /// Tries to move a guest of `pages` pages, half of which hold something, over `network`.
 fn moved(pages: u64, streams: u8, cut: (usize, Limits), busy: bool) -> Tried {
+    moved_with(pages, streams, cut, busy, options())
+}
+
+fn moved_with(
+    pages: u64,
+    streams: u8,
+    cut: (usize, Limits),
+    busy: bool,
+    mut options: Options,
+) -> Tried {
     let world = Arc::<World>::default();
     let mut guest = FakeGuest::with_memory(&world, Fault::None, pages);
     for page in (0..pages).filter(|page| page / 100 % 2 == 0) {
@@ -34,7 +46,6 @@ fn moved(pages: u64, streams: u8, cut: (usize, Limits), busy: bool) -> Tried {
         guest.write_all_the_time(pages / 2, 300);
     }
     let host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: pages };
-    let mut options = options();
     options.streams = streams;
     let network = Network::over(streams.into(), cut, Some(Limits::NONE));
     try_moving(world, guest, host, network, &options)
@@ -79,6 +90,25 @@ fn any_connection_cut_anywhere_leaves_one_runner() {
         }
     }
     assert!(here > 30 && there > 0, "{here} stayed, {there} arrived");
+}
+
+#[test]
+fn what_is_wrong_twice_or_out_of_order_on_any_connection_leaves_one_runner() {
+    let options = hasty();
+    for which in [0, 2] {
+        let (out, back) = moved_with(300, 3, (which, Limits::NONE), false, options).passed;
+        let near = |total: usize| (0..total).filter(move |at| *at < 120 || at + 120 > total);
+        for how in [Break::Flip, Break::Twice, Break::Swap] {
+            let outs = near(out).step_by(29).chain((0..out).step_by(out / 4));
+            let outs = outs.map(|out| Limits { out, back: usize::MAX, how });
+            let backs = (0..back).step_by(17).map(|back| Limits { out: usize::MAX, back, how });
+            let faults: Vec<_> = outs.chain(backs).collect();
+            let bent = |limits: &Limits| moved_with(300, 3, (which, *limits), false, options);
+            let (stayed, arrived) = try_each(&faults, bent, assert_decided);
+            println!("connection {which}, {how:?}: {stayed} stayed, {arrived} arrived");
+            assert!(stayed > 2, "connection {which}, {how:?}: {stayed}, {arrived} arrived");
+        }
+    }
 }
 
 #[test]
