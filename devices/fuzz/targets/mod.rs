@@ -7,20 +7,23 @@
 
 mod machines;
 mod peers;
+mod script;
 mod states;
+mod valid;
 
 use migration::compat::{Offer, Profile, Rule, agree};
 use migration::state::decode_exact;
 
-pub(crate) use peers::{destination, give_to, refused, source};
+pub(crate) use peers::{destination, give_to, restored, snapshot, source, take_in};
 pub(crate) use states::states;
 
 /// Each target with its name, and something valid to begin with.
 pub(crate) type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
 
-pub(crate) const TARGETS: [Target; 4] = [
-    ("destination", destination, peers::from_a_source),
-    ("source", source, peers::from_a_destination),
+pub(crate) const TARGETS: [Target; 5] = [
+    ("destination", destination, valid::from_a_source),
+    ("source", source, valid::from_a_destination),
+    ("snapshot", snapshot, valid::snapshots),
     ("offer", offer, offers),
     ("states", states, states::valid),
 ];
