@@ -2,7 +2,7 @@
 use std::path::PathBuf;
 
 use super::vmms::{Journey, Load, Stand, Vmm};
-use super::{Row, at_least, at_most, figure, median, raw};
+use super::{Row, at_least, at_most, ends, figure, median, raw};
 use crate::error::Result;
 
 /// Connections, where there are several: one for each processor of the machine that the goals
@@ -75,14 +75,21 @@ fn middle(runs: &[Run], of: impl Fn(&Run) -> f64) -> f64 {
     median(runs.iter().map(of))
 }
 
+/// How long, and how it ended.
+fn time(runs: &[Run], name: &str, of: impl Fn(&Run) -> Journey) -> Row {
+    let ended = Some(ends(runs.iter().map(|run| of(run).end)));
+    Row { ended, ..figure(name, middle(runs, |run| of(run).seconds), "s") }
+}
+
 fn speed(runs: &[Run]) -> Vec<Row> {
+    let time = |name, of: fn(&Run) -> Journey| time(runs, name, of);
     let figure = |name: &str, of: fn(&Run) -> f64| figure(name, middle(runs, of), "s");
     vec![
-        figure("1 GiB, uvmm, 2 streams", |run| run.uvmm.seconds),
-        figure("1 GiB, QEMU, multifd, 2 channels", |run| run.qemu.seconds),
+        time("1 GiB, uvmm, 2 streams", |run| run.uvmm),
+        time("1 GiB, QEMU, multifd, 2 channels", |run| run.qemu),
         figure("1 GiB, sockets alone, 2 streams", |run| run.raw[1]),
-        figure("1 GiB, uvmm, 1 stream", |run| run.uvmm_single.seconds),
-        figure("1 GiB, QEMU, 1 stream", |run| run.qemu_single.seconds),
+        time("1 GiB, uvmm, 1 stream", |run| run.uvmm_single),
+        time("1 GiB, QEMU, 1 stream", |run| run.qemu_single),
         figure("1 GiB, sockets alone, 1 stream", |run| run.raw[0]),
         at_most(
             0.6,
@@ -126,7 +133,7 @@ fn stops(runs: &[Run]) -> Vec<Row> {
 fn rest(runs: &[Run]) -> Vec<Row> {
     let ours = |run: &Run| [run.uvmm, run.uvmm_single, run.sparse, run.checked, run.busy];
     let growth = |run: &Run| ours(run).iter().map(|j| j.growth_mib).fold(0.0, f64::max);
-    let busy = |name: &str, of: fn(&Run) -> f64, unit| figure(name, middle(runs, of), unit);
+    let busy = |name: &str, of: fn(&Run) -> f64| figure(name, middle(runs, of), "ms");
     vec![
         at_most(
             0.25,
@@ -146,9 +153,10 @@ fn rest(runs: &[Run]) -> Vec<Row> {
             middle(runs, |run| run.busy.downtime_ms),
             "ms",
         ),
-        busy("64 MiB rewritten: downtime, QEMU multifd", |run| run.qemu_busy.downtime_ms, "ms"),
-        busy("64 MiB rewritten: time, uvmm", |run| run.busy.seconds, "s"),
-        busy("64 MiB rewritten: time, QEMU multifd", |run| run.qemu_busy.seconds, "s"),
+        busy("64 MiB rewritten: downtime, QEMU multifd", |run| run.qemu_busy.downtime_ms),
+        time(runs, "64 MiB rewritten: time, uvmm", |run| run.busy),
+        time(runs, "64 MiB rewritten: time, uvmm, dirty rings", |run| run.ring_busy),
+        time(runs, "64 MiB rewritten: time, QEMU multifd", |run| run.qemu_busy),
     ]
 }
 

@@ -27,6 +27,9 @@ pub struct Row {
     goal: Option<Goal>,
     measured: f64,
     unit: &'static str,
+    /// How what was measured ended, where that can differ.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ended: Option<String>,
 }
 
 /// What is good enough.
@@ -54,17 +57,20 @@ impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:<64} {:>8.2} {:<4}", self.figure, self.measured, self.unit)?;
         let goal = match self.goal {
-            None => return Ok(()),
-            Some(Goal::AtMost(most)) => format!("<= {most:.2}"),
-            Some(Goal::AtLeast(least)) => format!(">= {least:.2}"),
+            None => None,
+            Some(Goal::AtMost(most)) => Some(format!("<= {most:.2}")),
+            Some(Goal::AtLeast(least)) => Some(format!(">= {least:.2}")),
         };
-        write!(f, " goal {goal:>9}  {}", if self.ok() { "ok" } else { "MISSED" })
+        if let Some(goal) = goal {
+            write!(f, " goal {goal:>9}  {}", if self.ok() { "ok" } else { "MISSED" })?;
+        }
+        self.ended.as_ref().map_or(Ok(()), |ended| write!(f, "  {ended}"))
     }
 }
 
 /// A figure that only explains others.
 fn figure(name: impl Into<String>, measured: f64, unit: &'static str) -> Row {
-    Row { figure: name.into(), goal: None, measured, unit }
+    Row { figure: name.into(), goal: None, measured, unit, ended: None }
 }
 
 fn at_most(most: f64, name: impl Into<String>, measured: f64, unit: &'static str) -> Row {
@@ -73,6 +79,24 @@ fn at_most(most: f64, name: impl Into<String>, measured: f64, unit: &'static str
 
 fn at_least(least: f64, name: impl Into<String>, measured: f64, unit: &'static str) -> Row {
     Row { goal: Some(Goal::AtLeast(least)), ..figure(name, measured, unit) }
+}
+
+/// How `all` ended, in a few words: each end once, the first one first, with how many had it.
+fn ends(all: impl IntoIterator<Item = impl fmt::Display>) -> String {
+    let all: Vec<_> = all.into_iter().map(|end| end.to_string()).collect();
+    let mut different: Vec<&String> = Vec::new();
+    for end in &all {
+        if !different.contains(&end) {
+            different.push(end);
+        }
+    }
+    if let [only] = different[..] {
+        return only.clone();
+    }
+    let counted = |end: &&String| {
+        format!("{end} in {} of {}", all.iter().filter(|other| other == end).count(), all.len())
+    };
+    different.iter().map(counted).collect::<Vec<_>>().join(", ")
 }
 
 /// The resident memory that is no shared memory; guest RAM of uvmm is a memfd, and so shared.
@@ -114,6 +138,15 @@ mod tests {
         assert_eq!(median([3.0, 1.0, 2.0]).to_bits(), 2.0_f64.to_bits());
         assert_eq!(median([4.0, 1.0, 2.0, 3.0]).to_bits(), 2.5_f64.to_bits());
         assert!(median([]).is_nan());
+    }
+
+    #[test]
+    fn a_row_tells_how_it_ended() {
+        let row = |ended| Row { ended: Some(ended), ..at_most(2.0, "time", 1.0, "s") };
+        assert!(row(ends(["forced"; 3])).to_string().ends_with("ok  forced"));
+        let mixed = ends(["forced", "not within 60 s", "forced"]);
+        assert!(row(mixed).to_string().ends_with("forced in 2 of 3, not within 60 s in 1 of 3"));
+        assert!(figure("time", 1.0, "s").to_string().trim_end().ends_with('s'));
     }
 
     #[test]

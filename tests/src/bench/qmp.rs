@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use crate::error::{Context, Error, Result};
 
-/// How long QEMU may take for an answer, or without a word during a migration.
+/// How long QEMU may take for an answer, or without a word during a migration: it tells when each
+/// pass begins.
 const ANSWER: Duration = Duration::from_secs(60);
 
 /// A QEMU that is told what to do.
@@ -51,19 +52,22 @@ impl Qmp {
         }
     }
 
-    /// Migrates to `uri`; returns when QEMU says that it is completed.
-    pub(super) fn migrate(&mut self, uri: &str) -> Result<()> {
+    /// Migrates to `uri`; returns whether QEMU says within `limit` that it is completed. One that
+    /// never converges tells of each pass, for ever.
+    pub(super) fn migrate(&mut self, uri: &str, limit: Duration) -> Result<bool> {
+        let deadline = Instant::now() + limit;
         self.ask("migrate", &json!({ "uri": uri }))?;
-        loop {
+        while Instant::now() < deadline {
             let heard = self.hear()?;
             match heard["data"]["status"].as_str() {
-                Some("completed") if heard["event"] == "MIGRATION" => return Ok(()),
+                Some("completed") if heard["event"] == "MIGRATION" => return Ok(true),
                 Some("failed") if heard["event"] == "MIGRATION" => {
                     return Err(Error::Guest("QEMU's migration failed".into()));
                 }
                 _ => {}
             }
         }
+        Ok(false)
     }
 
     fn hear(&mut self) -> Result<Value> {
@@ -74,5 +78,40 @@ impl Qmp {
         }
         serde_json::from_str(&line)
             .map_err(|error| Error::Guest(format!("QEMU says {line:?}: {error}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+
+    /// What comes of a migration by a QEMU that says `events`, over and over.
+    fn migrated(events: &'static str) -> Result<bool> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let qemu = thread::Builder::new().name("qemu".into()).spawn(move || {
+            let mut stream = listener.accept().unwrap().0;
+            let mut said = String::from("{\"QMP\": {}}\n{\"return\": {}}\n{\"return\": {}}\n");
+            while stream.write_all(said.as_bytes()).is_ok() {
+                said = format!("{events}\n");
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let mut qmp = Qmp::connect(&path)?;
+        let migrated = qmp.migrate("tcp:nowhere", Duration::from_millis(300));
+        drop(qmp);
+        qemu.unwrap().join().unwrap();
+        migrated
+    }
+
+    #[test]
+    fn a_migration_that_never_ends_is_waited_for_so_long() {
+        assert!(!migrated(r#"{"event": "MIGRATION_PASS", "data": {"pass": 9}}"#).unwrap());
+        assert!(migrated(r#"{"event": "MIGRATION", "data": {"status": "completed"}}"#).unwrap());
+        assert!(migrated(r#"{"event": "MIGRATION", "data": {"status": "failed"}}"#).is_err());
     }
 }

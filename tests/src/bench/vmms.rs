@@ -1,4 +1,5 @@
 //! The VMMs that are compared, each with the tiny guest.
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,7 +13,7 @@ use super::pulse::{self, Place, SEED, Seen};
 use super::qmp::Qmp;
 use crate::error::{Context, Error, Result, reading, writing};
 use crate::program;
-use crate::vm::{Report, Uvmm, free_address};
+use crate::vm::{Outcome, Report, Uvmm, free_address};
 
 /// How long the guest may take to fill its memory, and a VMM to get ready.
 const READY: Duration = Duration::from_secs(120);
@@ -47,8 +48,31 @@ pub(super) struct Load {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Journey {
     pub(super) seconds: f64,
+    /// Not a number if it came to none.
     pub(super) downtime_ms: f64,
     pub(super) growth_mib: f64,
+    pub(super) end: End,
+}
+
+/// How a migration ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// As uvmm tells.
+    Moved(Outcome),
+    /// QEMU tells no more than that.
+    Completed,
+    /// The guest was still where it was.
+    NotWithin(Duration),
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Moved(outcome) => write!(f, "{}", format!("{outcome:?}").to_lowercase()),
+            Self::Completed => f.write_str("completed"),
+            Self::NotWithin(limit) => write!(f, "not within {limit:.0?}"),
+        }
+    }
 }
 
 /// What starts VMMs.
@@ -110,13 +134,18 @@ impl Stand {
         let besides = beside()?;
         let pids = [source.process.id(), destination.process.id()];
         let place = Place { bytes: load.mib << 20, rewritten_mib: load.rewritten_mib };
-        let (seconds, seen) = pulse::watch(pids, place, || {
+        let ((end, seconds), seen) = pulse::watch(pids, place, || {
             let since = Instant::now();
-            self.go(vmm, &mut source, &address)?;
-            Ok(since.elapsed().as_secs_f64())
+            let end = self.go(vmm, &mut source, &address)?;
+            Ok((end, since.elapsed().as_secs_f64()))
         })?;
         let Seen { downtime, growth_mib } = seen;
-        Ok((Journey { seconds, downtime_ms: downtime.as_secs_f64() * 1e3, growth_mib }, besides))
+        let downtime_ms = match (end, downtime) {
+            (End::NotWithin(_), _) => f64::NAN,
+            (_, Some(downtime)) => downtime.as_secs_f64() * 1e3,
+            (_, None) => return Err(Error::Guest("the guest was not seen to run there".into())),
+        };
+        Ok((Journey { seconds, downtime_ms, growth_mib, end }, besides))
     }
 
     /// Starts a guest of `mib` that has filled a fifth of its memory.
@@ -146,13 +175,14 @@ impl Stand {
         Ok(Handed { total_ms: report.total_ms, downtime_ms: report.downtime_ms })
     }
 
-    fn go(&self, vmm: Vmm, source: &mut Running, address: &str) -> Result<()> {
+    fn go(&self, vmm: Vmm, source: &mut Running, address: &str) -> Result<End> {
         let (streams, more) = match vmm {
             Vmm::Uvmm(streams) | Vmm::UvmmRing(streams) => (streams, None),
             Vmm::UvmmChecked(streams) => (streams, Some("--checksums")),
             Vmm::Qemu | Vmm::QemuMultifd(_) => {
                 let qmp = source.qmp.as_mut().expect("QEMU has a monitor");
-                return qmp.migrate(&format!("tcp:{address}"));
+                let completed = qmp.migrate(&format!("tcp:{address}"), MIGRATION)?;
+                return Ok(if completed { End::Completed } else { End::NotWithin(MIGRATION) });
             }
         };
         let streams = streams.to_string();
@@ -160,9 +190,10 @@ impl Stand {
         command.args(["--streams", &streams, "--json"]).args(more);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let report = Report::of(child.context(|| "cannot run uvmm".into())?, MIGRATION)?;
-        match report.error {
-            None => Ok(()),
-            Some(error) => Err(Error::Guest(error)),
+        match (report.error, report.outcome) {
+            (None, Some(outcome)) => Ok(End::Moved(outcome)),
+            (None, None) => Err(Error::Guest("uvmm does not say how the copying ended".into())),
+            (Some(error), _) => Err(Error::Guest(error)),
         }
     }
 
