@@ -1,9 +1,9 @@
 //! The targets of `devices/fuzz`, bounded, on any compiler.
 //!
 //! What is kept in `devices/fuzz/corpus` and what the targets call valid is run each time, and
-//! changed at random for as long as `UVMM_FUZZ_SECONDS` says, one second for each target unless it
-//! is set. What fails is printed; put it into the corpus. The seed is printed, too: `UVMM_SEED` gives
-//! it, and then the same is tried in the same order.
+//! changed at random for as long as `UVMM_FUZZ_SECONDS` says, three seconds for each target unless
+//! it is set. What fails is printed; put it into the corpus. The seed is printed, too: `UVMM_SEED`
+//! gives it, and then the same is tried in the same order.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 #[path = "../fuzz/random.rs"]
@@ -65,21 +65,21 @@ fn kept(name: &str) -> Vec<Vec<u8>> {
 #[test]
 fn nothing_that_is_said_or_saved_does_harm() {
     let seconds = std::env::var("UVMM_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
-    let each = Duration::from_secs(seconds.unwrap_or(1));
+    let each = Duration::from_secs(seconds.unwrap_or(3));
     for target in TARGETS {
         let (name, _, valid) = target;
         let mut known = [kept(name), valid()].concat();
         known.iter().for_each(|data| try_it(target, data));
         let end = Instant::now() + each;
         let mut random = Random::new();
-        let mut runs = known.len();
+        let (mut runs, most) = (known.len(), known.len() + 256);
         while Instant::now() < end {
             let [one, other] = [0; 2].map(|_| random.below(known.len()));
             let data = random.change(&known[one], &known[other]);
             try_it(target, &data);
             runs += 1;
             // Long ways begin with small steps: some of what was tried is changed further.
-            if known.len() < 256 {
+            if known.len() < most {
                 known.push(data);
             }
         }

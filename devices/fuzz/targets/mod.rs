@@ -3,6 +3,8 @@
 //! `cargo +nightly fuzz run --fuzz-dir devices/fuzz TARGET` runs one for as long as one likes, and
 //! `cargo test -p devices --test fuzz` all of them for a few seconds, both from what is kept in
 //! `devices/fuzz/corpus`.
+//! There `valid-*` is what an honest side says (`keep_what_is_valid` writes it anew), and `grown-*`
+//! the fewest inputs that reached all that libFuzzer had reached when they were put there.
 #![allow(dead_code, unused_imports, reason = "each target is one of these")]
 
 mod machines;
