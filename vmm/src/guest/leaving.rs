@@ -61,8 +61,8 @@ pub(crate) struct Stays {
 impl Leaving {
     /// A guest on its way out.
     pub(crate) fn new(machine: Machine, traits: Traits) -> Result<Self, Stays> {
-        let profile = match machine.used_msrs() {
-            Ok(msrs) => Platform::of_guest(machine.vm(), machine.seen(), msrs).profile(),
+        let profile = match machine.msrs() {
+            Ok(msrs) => Platform::of_guest(machine.vm(), machine.seen(), &msrs).profile(),
             Err(error) => return Err(Stays { machine: Box::new(machine), error }),
         };
         let dirty = dirty::sources(machine.vm(), machine.vcpus());

@@ -5,7 +5,7 @@ mod assemble;
 mod assigned;
 mod pci;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -28,7 +28,7 @@ use crate::arch::vcpu::{Seen, VcpuV1};
 use crate::config::{DeviceId, MachineConfig};
 use crate::kvm::Vm;
 use crate::power::PowerSwitch;
-use crate::vcpu::{self, Exits, Vcpu, Vcpus};
+use crate::vcpu::{self, Exits, Vcpus};
 
 /// A machine. Its vCPUs stand until [`Machine::resume`].
 pub(crate) struct Machine {
@@ -104,10 +104,15 @@ impl Machine {
         &self.shown
     }
 
-    /// The model-specific registers that any of its vCPUs has in use now.
-    pub(crate) fn used_msrs(&self) -> Result<BTreeSet<u32>, vcpu::Error> {
-        let each = self.vcpus.iter().map(Vcpu::used_msrs);
-        Ok(each.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
+    /// The model-specific registers of its vCPUs, and all bits that are set in any of them now.
+    pub(crate) fn msrs(&self) -> Result<BTreeMap<u32, u64>, vcpu::Error> {
+        let mut all = BTreeMap::new();
+        for vcpu in self.vcpus.iter() {
+            vcpu.msrs()?
+                .into_iter()
+                .for_each(|(index, value)| *all.entry(index).or_default() |= value);
+        }
+        Ok(all)
     }
 
     /// What is turned to the host.

@@ -80,7 +80,7 @@ enum Command {
     StepOut(Sender<()>),
     Rest(Duration),
     Save(Sender<Result<VcpuV1, kvm::Error>>),
-    UsedMsrs(Sender<Result<Vec<u32>, kvm::Error>>),
+    Msrs(Sender<Result<Vec<(u32, u64)>, kvm::Error>>),
     Load(Box<VcpuV1>, Sender<Result<(), kvm::Error>>),
     SetTscOffset(u64, Sender<Result<(), kvm::Error>>),
     Exit,
@@ -144,9 +144,9 @@ impl Vcpu {
         state.map_err(|source| Error::Kvm(self.index, source))
     }
 
-    /// The model-specific registers that it has in use now. It may run.
-    pub(crate) fn used_msrs(&self) -> Result<Vec<u32>, Error> {
-        let msrs = self.answer(&self.ask(Command::UsedMsrs)?)?;
+    /// Its model-specific registers with their values of now. It may run.
+    pub(crate) fn msrs(&self) -> Result<Vec<(u32, u64)>, Error> {
+        let msrs = self.answer(&self.ask(Command::Msrs)?)?;
         msrs.map_err(|source| Error::Kvm(self.index, source))
     }
 

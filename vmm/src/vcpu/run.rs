@@ -74,8 +74,8 @@ impl Runner {
                 Some(Command::StepOut(reply)) => drop(reply.send(())),
                 Some(Command::Rest(time)) => self.rest = Some(Instant::now() + time),
                 Some(Command::Save(reply)) => drop(reply.send(self.save())),
-                Some(Command::UsedMsrs(reply)) => {
-                    drop(reply.send(vcpu::used_msrs(self.vm.kvm(), &self.fd)));
+                Some(Command::Msrs(reply)) => {
+                    drop(reply.send(vcpu::msrs(self.vm.kvm(), &self.fd)));
                 }
                 Some(Command::Load(state, reply)) => {
                     drop(reply.send(self.load(*state)));

@@ -14,5 +14,6 @@ pub(crate) mod mptable;
 pub(crate) mod msr;
 mod pci_aml;
 pub(crate) mod profile;
+mod promise;
 pub(crate) mod regs;
 pub(crate) mod vcpu;

@@ -12,6 +12,10 @@ use crate::kvm::Error;
 pub(crate) const TSC: u32 = 0x10;
 /// The deadline of the local APIC's timer, in TSC ticks; 0 when none is armed.
 pub(crate) const TSC_DEADLINE: u32 = 0x6e0;
+/// What the processor is not vulnerable to, among other things.
+pub(super) const ARCH_CAPABILITIES: u32 = 0x10a;
+/// What its performance counters can do.
+pub(super) const PERF_CAPABILITIES: u32 = 0x345;
 const MTRR_CAP: u32 = 0xfe;
 const MISC_ENABLE: u32 = 0x1a0;
 const MTRR_DEF_TYPE: u32 = 0x2ff;
@@ -59,8 +63,6 @@ pub(crate) fn of_state(kvm: &Kvm) -> Result<Vec<u32>, Error> {
 /// Those of [`of_state`] that a guest can have which `cpuid` is for: KVM gives its user some that
 /// it hides from the guest.
 pub(crate) fn of_guest(kvm: &Kvm, cpuid: &CpuId) -> Result<Vec<u32>, Error> {
-    const ARCH_CAPABILITIES: u32 = 0x10a;
-    const PERF_CAPABILITIES: u32 = 0x345;
     let features = Features::of(cpuid);
     let has = |name| features.has(Features::named(name));
     let mut indices = of_state(kvm)?;

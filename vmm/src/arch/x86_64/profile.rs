@@ -1,6 +1,6 @@
 //! What a guest depends on of processors: compared before anything moves.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
@@ -9,6 +9,7 @@ use migration::compat::{Profile, Rule, Terms};
 
 use super::extended::{self, Part};
 use super::feature::{Features, WORDS};
+use super::promise::{self, Promises};
 use super::vcpu::{self, Seen};
 use super::{cpuid, msr};
 use crate::kvm::{Error, Vm};
@@ -32,18 +33,23 @@ pub(crate) struct Platform {
     tsc_khz: u64,
     /// Model-specific registers: those that a guest uses, or that a host has.
     msrs: BTreeSet<u64>,
+    /// What such registers tell of the processor.
+    promises: Promises,
     /// Where 64-bit base address registers can be.
     pci_memory: Option<Range<u64>>,
 }
 
 impl Platform {
-    /// What the guest in `vm` depends on, that has `msrs` in use.
-    pub(crate) fn of_guest(vm: &Vm, seen: &Seen, msrs: impl IntoIterator<Item = u32>) -> Self {
+    /// What the guest in `vm` depends on, whose `msrs` have these values.
+    pub(crate) fn of_guest(vm: &Vm, seen: &Seen, msrs: &BTreeMap<u32, u64>) -> Self {
+        // A register that a host lacks reads as zero.
+        let used = msrs.iter().filter(|&(_, &value)| value != 0);
         Self {
             cpuid: seen.cpuid.clone(),
             xsave_bytes: vcpu::guest_xsave_bytes(&seen.cpuid),
             tsc_khz: seen.tsc_khz.into(),
-            msrs: msrs.into_iter().map(u64::from).collect(),
+            msrs: used.map(|(&index, _)| index.into()).collect(),
+            promises: Promises::of_guest(msrs),
             pci_memory: pci_memory(vm, seen),
         }
     }
@@ -66,13 +72,14 @@ impl Platform {
             xsave_bytes: vcpu::xsave_bytes(vm.kvm()),
             tsc_khz: tsc_khz(own, scales, guest_tsc_khz),
             msrs: msr::of_state(vm.kvm())?.into_iter().map(u64::from).collect(),
+            promises: Promises::of_host(vm.kvm())?,
             pci_memory: pci_memory(vm, built),
         })
     }
 
     /// The same as items to compare.
     pub(crate) fn profile(&self) -> Profile {
-        let Self { cpuid, xsave_bytes, tsc_khz, msrs, pci_memory } = self;
+        let Self { cpuid, xsave_bytes, tsc_khz, msrs, promises, pci_memory } = self;
         let pci_memory = pci_memory
             .as_ref()
             .map_or("none".to_owned(), |range| format!("{:#x}..{:#x}", range.start, range.end));
@@ -86,6 +93,7 @@ impl Platform {
             .with(TSC_KHZ, Rule::Eq, *tsc_khz)
             .with(MSRS, Rule::Subset, msrs.clone())
             .with(PCI_MEMORY, Rule::Eq, pci_memory);
+        let profile = promises.add_to(profile);
         Features::of(cpuid).lasting().words().fold(profile, |profile, (word, bits)| {
             profile.with(format!("{FEATURES}{word}"), Rule::Subset, vec![u64::from(bits)])
         })
@@ -117,6 +125,7 @@ impl Terms for ProcessorTerms {
         match path {
             EXTENDED => Some(Part::describe(member)),
             MSRS => Some(format!("{member:#x}")),
+            _ if promise::is_at(path) => promise::name(path, member),
             _ => {
                 let word = path.strip_prefix(FEATURES)?;
                 let word = WORDS.iter().find(|known| known.name() == word)?;
@@ -144,6 +153,10 @@ impl Terms for ProcessorTerms {
                 ADDRESS_BITS | PCI_MEMORY => {
                     "choose a host whose processors have as many address bits, or start the \
                      guest with a level as --cpu, which has the same everywhere"
+                }
+                _ if promise::is_at(path) => {
+                    "the guest relies on it: choose a host whose processors and kernel tell the \
+                     same, or start the guest with a level as --cpu, which leaves this out"
                 }
                 _ if path.starts_with(FEATURES) => {
                     "choose a host that has what is wanted, or start the guest with a --cpu that \

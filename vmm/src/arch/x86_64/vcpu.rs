@@ -101,11 +101,10 @@ pub(crate) fn guest_xsave_bytes(cpuid: &CpuId) -> usize {
     usize::try_from(extended::bytes(cpuid)).unwrap_or(usize::MAX).max(XSAVE_WORDS * 4)
 }
 
-/// The model-specific registers that a vCPU has in use: all others are zero.
-pub(crate) fn used_msrs(kvm: &Kvm, fd: &VcpuFd) -> Result<Vec<u32>, Error> {
+/// The model-specific registers of a vCPU, with their values.
+pub(crate) fn msrs(kvm: &Kvm, fd: &VcpuFd) -> Result<Vec<(u32, u64)>, Error> {
     let cpuid = cpuid::shown(fd)?;
-    let values = msr::read(fd, &msr::of_guest(kvm, &cpuid)?)?;
-    Ok(values.into_iter().filter(|&(_, value)| value != 0).map(|(index, _)| index).collect())
+    msr::read(fd, &msr::of_guest(kvm, &cpuid)?)
 }
 
 /// Reads a vCPU that is out of the guest and has no half-done exit.

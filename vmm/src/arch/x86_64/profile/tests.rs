@@ -12,8 +12,14 @@ fn platform(cpuid: CpuId) -> Platform {
         xsave_bytes: 4096,
         tsc_khz: 2_400_000,
         msrs: BTreeSet::from([0x10, 0x174, 0xc000_0080]),
+        promises: promised(0b1010_1011),
         pci_memory: Some(16 << 30..32 << 30),
     }
+}
+
+/// What a processor tells that has this in `IA32_ARCH_CAPABILITIES`.
+fn promised(value: u64) -> Promises {
+    Promises::of_guest(&BTreeMap::from([(0x10a, value)]))
 }
 
 /// A guest of that level, started on a host of AVX-512.
@@ -55,6 +61,7 @@ fn everything_that_differs_is_told_at_once_with_what_helps() {
     host.xsave_bytes = 2048;
     host.tsc_khz = 3_000_000;
     host.msrs = BTreeSet::from([0x10, 0xc000_0080]);
+    host.promises = promised(0b1010_1010);
     host.pci_memory = None;
     for entry in host.cpuid.as_mut_slice() {
         match entry.function {
@@ -72,7 +79,8 @@ fn everything_that_differs_is_told_at_once_with_what_helps() {
     assert!(found("cpu/address-bits").contains("wanted 39, found 36: choose a host"));
     assert!(found("pci/memory-64").contains("found \"none\": choose a host"));
     assert!(found("cpu/features/7.0-ebx").contains("avx512f"));
-    assert_eq!(told.len(), 8, "{told:#?}");
+    assert!(found("cpu/arch-capabilities").contains("wanted rdcl_no, found a host without it"));
+    assert_eq!(told.len(), 9, "{told:#?}");
 }
 
 #[test]
