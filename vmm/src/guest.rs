@@ -34,9 +34,12 @@ struct Passenger {
     slot: u8,
 }
 
+/// What the paths of the host's devices begin with in a profile.
+const DEVICES: &str = "device/";
+
 /// Where a profile tells of the device `id`.
 fn device_path(id: &DeviceId) -> String {
-    format!("device/{id}")
+    format!("{DEVICES}{id}")
 }
 
 /// Adds to `profile` what the device `id` looks like to its driver.

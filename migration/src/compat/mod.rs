@@ -68,8 +68,14 @@ impl Profile {
 
     /// Adds an item; `path` should be new.
     #[must_use]
-    pub fn with(mut self, path: impl Into<String>, rule: Rule, value: impl Into<Value>) -> Self {
-        self.items.push(Item { path: path.into(), rule, value: value.into() });
+    pub fn with(self, path: impl Into<String>, rule: Rule, value: impl Into<Value>) -> Self {
+        self.with_item(Item { path: path.into(), rule, value: value.into() })
+    }
+
+    /// The same, of an item that is there.
+    #[must_use]
+    pub fn with_item(mut self, item: Item) -> Self {
+        self.items.push(item);
         self
     }
 

@@ -9,10 +9,10 @@ use migration::plan::StepFailure;
 use migration::ram::Ram;
 use migration::state::{StateError, StateReader, decode_exact};
 
-use super::{Blueprint, Passenger, device_path, regions, with_device};
-use crate::arch::profile::{Platform, ProcessorTerms, TSC_KHZ};
+use super::{Blueprint, DEVICES, Passenger, device_path, regions, with_device};
+use crate::arch::profile::{self, Platform, ProcessorTerms, TSC_KHZ};
 use crate::cause;
-use crate::config::DeviceConfig;
+use crate::config::{CPUS, CpuModel, DeviceConfig, MEMORY_MIN, MachineConfig, PCI_SLOTS};
 use crate::machine::{HostSide, Machine};
 
 const CHOOSE_ANOTHER: &str = "mend that, or choose another host";
@@ -34,42 +34,117 @@ impl Builder {
         Some(DeviceConfig { slot: Some(passenger.slot), ..found.clone() })
     }
 
-    /// Opens this host's device for each of the guest's; gives the profile with what they are.
+    /// The devices that only one side brings.
+    fn match_devices(&self, devices: &[Passenger], against: &mut Vec<Mismatch>) {
+        for Passenger { id, .. } in devices.iter().filter(|device| self.device(device).is_none()) {
+            let remedy = format!("start the destination with --device vfio,id={id},host=… as well");
+            let path = device_path(id);
+            against.push(mismatch(&path, "a device of this id", "none".into(), &remedy));
+        }
+        let surplus =
+            |device: &&DeviceConfig| !devices.iter().any(|passenger| passenger.id == device.id);
+        for DeviceConfig { id, host, .. } in self.host.devices.iter().filter(surplus) {
+            let remedy = format!("leave the device {id} out at the destination");
+            against.push(mismatch(&device_path(id), "none", host.to_string(), &remedy));
+        }
+    }
+
+    /// Opens this host's device for each of the guest's; gives what they are.
     fn open_devices(
         &self,
-        blueprint: &Blueprint,
+        devices: &[Passenger],
         machine: &mut Machine,
-        mut have: Profile,
-        mismatches: &mut Vec<Mismatch>,
+        against: &mut Vec<Mismatch>,
     ) -> Profile {
-        for passenger in &blueprint.devices {
+        let mut have = Profile::new();
+        for passenger in devices {
+            let Some(device) = self.device(passenger) else { continue };
             let id = &passenger.id;
-            let path = device_path(id);
-            let Some(device) = self.device(passenger) else {
-                let remedy =
-                    format!("start the destination with --device vfio,id={id},host=… as well");
-                mismatches.push(mismatch(&path, "a device of this id", "none".into(), &remedy));
-                continue;
-            };
             match machine.assigned_mut().prepare(&device) {
                 Ok(function) => {
                     have = with_device(have, id, Rule::Host, &Identity::of(&*function));
                 }
                 Err(error) => {
                     let remedy = format!("see 'uvmm doctor --device {}' there", device.host);
-                    mismatches.push(mismatch(&path, "a device", cause::chain(&error), &remedy));
+                    let found = cause::chain(&error);
+                    against.push(mismatch(&device_path(id), "a device", found, &remedy));
                 }
             }
         }
-        let expected = |device: &&DeviceConfig| {
-            !blueprint.devices.iter().any(|passenger| passenger.id == device.id)
-        };
-        for DeviceConfig { id, host, .. } in self.host.devices.iter().filter(expected) {
-            let remedy = format!("leave the device {id} out at the destination");
-            mismatches.push(mismatch(&device_path(id), "none", host.to_string(), &remedy));
-        }
         have
     }
+
+    /// The machine that was asked for, if this host can make it.
+    fn build(
+        &self,
+        config: &MachineConfig,
+        memory: Option<&File>,
+        against: &mut Vec<Mismatch>,
+    ) -> Option<Machine> {
+        let here = match memory {
+            Some(_) => Ok(()), // it is on this host already
+            None => config.check_host(self.host.hugepages),
+        };
+        let told = |error| {
+            let found = cause::chain(&error);
+            mismatch("machine", &format!("{config:?}"), found, CHOOSE_ANOTHER)
+        };
+        let unfit = [config.check(), here].into_iter().filter_map(Result::err).map(told);
+        let fits = against.len();
+        against.extend(unfit);
+        if against.len() > fits {
+            return None;
+        }
+        let built = Machine::empty(config, &self.bare(), memory);
+        let cannot =
+            |error| mismatch("host", "a new machine", cause::chain(&error), CHOOSE_ANOTHER);
+        built.map_err(|error| against.push(cannot(error))).ok()
+    }
+
+    /// This host without its devices: they come with a state, which tells which of them there are.
+    fn bare(&self) -> HostSide {
+        HostSide { devices: Vec::new(), ..self.host.clone() }
+    }
+
+    /// Compares what was offered with what this host has, by a machine that was made on it: that
+    /// of the guest, or one that only stands for others.
+    fn compare(
+        &self,
+        offer: &Offer,
+        devices: Option<&[Passenger]>,
+        machine: &mut Machine,
+        is_its_own: bool,
+        against: &mut Vec<Mismatch>,
+    ) {
+        let (host, built) = (machine.shown(), machine.seen());
+        let have = match Platform::of_host(machine.vm(), host, built, guest_tsc_khz(offer)) {
+            Ok(platform) => platform.profile(),
+            Err(error) => {
+                let found = cause::chain(&error);
+                return against.push(mismatch("host", "its own features", found, SAME_UVMM));
+            }
+        };
+        let opened = self.open_devices(devices.unwrap_or_default(), machine, against);
+        let have = opened.items().iter().cloned().fold(have, Profile::with_item);
+        // Of a device that could not be had, nothing else is told.
+        let had = |path: &str| !against.iter().any(|m| path.starts_with(&format!("{}/", m.path)));
+        let known = |path: &str| {
+            (devices.is_some() || !path.starts_with(DEVICES))
+                && (is_its_own || !profile::is_of_machine(path))
+        };
+        let items = |all: &Profile| {
+            let kept = all.items().iter().filter(|item| had(&item.path) && known(&item.path));
+            kept.cloned().fold(Profile::new(), Profile::with_item)
+        };
+        let compared = agree_in_terms(&items(&offer.profile), &items(&have), &ProcessorTerms);
+        against.extend(compared.err().unwrap_or_default());
+    }
+}
+
+/// What stands for a machine that could not be made, so that all else is told with it.
+fn smallest() -> MachineConfig {
+    let cpu = CpuModel::default();
+    MachineConfig { memory: MEMORY_MIN, cpus: *CPUS.start(), pci_slots: *PCI_SLOTS.start(), cpu }
 }
 
 /// A machine that waits for its content.
@@ -104,61 +179,42 @@ impl Host for Builder {
     type Guest = Awaiting;
 
     fn prepare(&mut self, offer: &Offer, memory: Option<File>) -> Result<Awaiting, Vec<Mismatch>> {
-        let blueprint: Blueprint = decode_exact(&offer.config)
-            .map_err(|error| refusal("machine", "a machine", cause::chain(&error), SAME_UVMM))?;
-        let config = &blueprint.machine;
-        let fits = config.check().and_then(|()| match memory {
-            Some(_) => Ok(()), // it is on this host already
-            None => config.check_host(self.host.hugepages),
-        });
-        fits.map_err(|error| {
-            refusal("machine", &format!("{config:?}"), cause::chain(&error), CHOOSE_ANOTHER)
-        })?;
-        // Its devices come with its state, which tells which of them it has.
-        let bare = HostSide { devices: Vec::new(), ..self.host.clone() };
-        let mut machine = Machine::empty(config, &bare, memory.as_ref()).map_err(|error| {
-            refusal("host", "a new machine", cause::chain(&error), CHOOSE_ANOTHER)
-        })?;
-        let (host, built) = (machine.shown(), machine.seen());
-        let have = Platform::of_host(machine.vm(), host, built, guest_tsc_khz(offer))
-            .map_err(|error| refusal("host", "its own features", cause::chain(&error), SAME_UVMM))?
-            .profile();
+        let mut against = Vec::new();
+        let blueprint: Option<Blueprint> = decode_exact(&offer.config)
+            .map_err(|error| {
+                let found = cause::chain(&error);
+                against.push(mismatch("machine", "a machine", found, SAME_UVMM));
+            })
+            .ok();
+        let devices = blueprint.as_ref().map(|blueprint| &blueprint.devices[..]);
+        devices.inspect(|devices| self.match_devices(devices, &mut against));
+        let config = blueprint.as_ref().map(|blueprint| &blueprint.machine);
+        let own = config.and_then(|config| self.build(config, memory.as_ref(), &mut against));
+        let Some(mut machine) = own else {
+            if let Ok(mut machine) = Machine::empty(&smallest(), &self.bare(), None) {
+                self.compare(offer, devices, &mut machine, false, &mut against);
+            }
+            return Err(against);
+        };
+        self.compare(offer, devices, &mut machine, true, &mut against);
         let ram = regions(machine.vm().ram());
         if ram != offer.ram {
-            return Err(refusal(
-                "ram",
-                &format!("{:x?}", offer.ram),
-                format!("{ram:x?}"),
-                SAME_UVMM,
-            ));
+            let (wanted, found) = (format!("{:x?}", offer.ram), format!("{ram:x?}"));
+            against.push(mismatch("ram", &wanted, found, SAME_UVMM));
         }
-        let mut mismatches = Vec::new();
-        let have = self.open_devices(&blueprint, &mut machine, have, &mut mismatches);
-        // Of a device that could not be had, nothing else is told.
-        let had =
-            |path: &str| !mismatches.iter().any(|m| path.starts_with(&format!("{}/", m.path)));
-        let wanted = offer.profile.items().iter().filter(|item| had(&item.path));
-        let wanted = wanted.fold(Profile::new(), |profile, item| {
-            profile.with(item.path.clone(), item.rule, item.value.clone())
-        });
-        if let Err(others) = agree_in_terms(&wanted, &have, &ProcessorTerms) {
-            mismatches.extend(others);
+        match blueprint {
+            Some(blueprint) if against.is_empty() => {
+                let devices = blueprint.devices.iter();
+                let devices = devices.filter_map(|passenger| self.device(passenger)).collect();
+                Ok(Awaiting { machine, blueprint, devices })
+            }
+            _ => Err(against),
         }
-        if !mismatches.is_empty() {
-            return Err(mismatches);
-        }
-        let devices = blueprint.devices.iter().filter_map(|passenger| self.device(passenger));
-        let devices = devices.collect();
-        Ok(Awaiting { machine, blueprint, devices })
     }
 }
 
 fn mismatch(path: &str, wanted: &str, found: String, remedy: &str) -> Mismatch {
     Mismatch { path: path.into(), wanted: wanted.into(), found, remedy: remedy.into() }
-}
-
-fn refusal(path: &str, wanted: &str, found: String, remedy: &str) -> Vec<Mismatch> {
-    vec![mismatch(path, wanted, found, remedy)]
 }
 
 fn guest_tsc_khz(offer: &Offer) -> Option<u64> {
@@ -191,3 +247,6 @@ impl Arriving for Awaiting {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

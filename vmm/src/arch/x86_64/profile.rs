@@ -100,6 +100,11 @@ impl Platform {
     }
 }
 
+/// Whether what is at `path` depends on the machine, and not on its host alone.
+pub(crate) fn is_of_machine(path: &str) -> bool {
+    path == PCI_MEMORY
+}
+
 fn pci_memory(vm: &Vm, seen: &Seen) -> Option<Range<u64>> {
     vm.pci_memory_64(cpuid::address_bits(&seen.cpuid))
 }
