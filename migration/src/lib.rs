@@ -29,10 +29,17 @@
 //!                                         │                written down: ready, before READY
 //!    commit   written down: asked         │ downtime
 //!             COMMIT(token) ──────────────┼───────────────► written down: running; run
-//!                   ◄─────────────────────┴──────────────── RUNNING(token)
+//!                   ◄─────────────────────┴──────────────── RUNNING(token)  or  ANSWER(refused)
 //!             written down: given
 //!             DONE(token) ────────────────────────────────► answering ends, all is forgotten
+//!    settle         ◄────────────────────────────────────── BACK(device) for each, SETTLED
 //! ```
+//!
+//! ANSWER comes where a destination that was ready does not run the guest after all: it lost
+//! patience, was asked by another connection, or could not start a vCPU. BACK tells that an assigned
+//! device serves the guest again, and SETTLED that no more will: only the report depends on them.
+//! ALIVE, from the source, may come wherever memory or END could: it waits for its guest then, which
+//! lets go of a device or prepares to, and has nothing else to say.
 //!
 //! Memory flows over all connections of a migration, as OFFER agreed on their number: each carries
 //! frames of pages until its own ROUND END, and after the last pass its own END(totals). ROUND TAKEN
@@ -96,6 +103,10 @@
 //!
 //! # Trust
 //!
+//! Nothing is encrypted, and neither side proves who it is: whoever can reach a destination can offer
+//! it a guest, and whoever can read the wire reads the guest's memory. That is for the network to
+//! prevent.
+//!
 //! Either side may end it with GAVE UP and a reason. Every wait is bounded by [`patience`]. What a
 //! peer sends is not trusted: lengths are checked before they are believed, addresses before they
 //! are used, texts before they are printed. Messages carry a checksum, since one wrong bit could
@@ -103,7 +114,7 @@
 //! each frame of memory carries a sum of its content if that is wished. What is packed unpacks to
 //! the size that its header tells, or not at all.
 //!
-//! What is on the wire: [`wire`]. How state becomes bytes: [`state`]. Which pages to send:
+//! The same on one page, with every message: `docs/protocol.md`. What is on the wire: [`wire`]. How state becomes bytes: [`state`]. Which pages to send:
 //! [`ram`]. What two machines must have in common: [`compat`]. Who does what when, and how it is
 //! taken back: [`plan`]. When to stop copying: [`policy`].
 #![forbid(unsafe_code)]

@@ -131,13 +131,35 @@ impl Totals {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::collections::BTreeSet;
 
-    #[test]
-    fn messages_keep_their_numbers() {
+    use super::*;
+    use crate::compat::{Profile, Rule};
+    use crate::state::decode_exact;
+
+    /// A guest with an item of each rule and of each kind of value.
+    fn offer() -> Offer {
+        let profile = Profile::new()
+            .with("a", Rule::Eq, true)
+            .with("b", Rule::AtLeast, 300)
+            .with("c", Rule::Host, "d")
+            .with("e", Rule::Subset, vec![3])
+            .with("f", Rule::Subset, BTreeSet::from([0x10a]));
+        Offer {
+            name: "web".into(),
+            config: vec![9, 8],
+            profile,
+            ram: vec![(0, 4096), (1 << 32, 8192)],
+        }
+    }
+
+    /// Every message, with what it begins with on the wire.
+    fn every_message() -> [(u8, Message); 20] {
         let token: Token = "00112233445566778899aabbccddeeff".parse().unwrap();
-        let named: [(u8, Message); 17] = [
+        [
+            (0, Message::Offer { offer: offer(), dry_run: true, streams: 4 }),
             (1, Message::Accepted(token)),
+            (2, Message::Mismatched(vec![])),
             (3, Message::RoundEnd),
             (4, Message::RoundTaken),
             (5, Message::End(Totals::default())),
@@ -146,6 +168,7 @@ mod tests {
             (8, Message::Running(token)),
             (9, Message::Done(token)),
             (10, Message::Query(token)),
+            (11, Message::Answer(Verdict::Unknown)),
             (12, Message::GaveUp(String::new())),
             (13, Message::Join { token, lane: 1 }),
             (14, Message::Joined),
@@ -154,15 +177,85 @@ mod tests {
             (17, Message::Settled),
             (18, Message::Share),
             (19, Message::Pass),
-        ];
-        for (number, message) in named {
+        ]
+    }
+
+    #[test]
+    fn messages_keep_their_numbers() {
+        for (number, message) in every_message() {
             assert_eq!(postcard::to_stdvec(&message).unwrap()[0], number, "{}", message.name());
         }
-        let answers = [Verdict::Running, Verdict::Refused, Verdict::Unknown].map(Message::Answer);
-        let bytes = answers.map(|answer| postcard::to_stdvec(&answer).unwrap());
-        assert_eq!(bytes, [[11, 0], [11, 1], [11, 2]]);
-        let commit = postcard::to_stdvec(&Message::Commit(token)).unwrap();
-        assert_eq!(commit[1..3], [0x00, 0x11], "a token is its bytes");
-        assert_eq!(commit.len(), 17);
+        let mut next = [0; 200];
+        next[0] = 20;
+        let next = postcard::take_from_bytes::<Message>(&next);
+        assert!(next.is_err(), "it is missing here: {next:?}");
+    }
+
+    #[test]
+    fn messages_keep_their_layout() {
+        let token = "00112233445566778899aabbccddeeff".parse().unwrap();
+        let totals = Totals { pages: 1, zero_pages: 300, state_bytes: 2, checksum: 0x80 };
+        let mismatch = Mismatch {
+            path: "a".into(),
+            wanted: "b".into(),
+            found: "cc".into(),
+            remedy: "d".into(),
+        };
+        let told: [(Message, &[u8]); 8] = [
+            (
+                Message::Offer { offer: offer(), dry_run: true, streams: 4 },
+                b"\0\x03web\x02\x09\x08\x05\
+                  \x01a\0\0\x01\
+                  \x01b\x01\x01\xac\x02\
+                  \x01c\x03\x02\x01d\
+                  \x01e\x02\x03\x01\x03\
+                  \x01f\x02\x04\x01\x8a\x02\
+                  \x02\0\x80\x20\x80\x80\x80\x80\x10\x80\x40\
+                  \x01\x04",
+            ),
+            (Message::Mismatched(vec![mismatch]), b"\x02\x01\x01a\x01b\x02cc\x01d"),
+            (Message::End(totals), b"\x05\x01\xac\x02\x02\x80\x01"),
+            (
+                Message::Join { token, lane: 2 },
+                b"\x0d\0\x11\x22\x33\x44\x55\x66\x77\x88\x99\xaa\xbb\xcc\xdd\xee\xff\x02",
+            ),
+            (Message::Answer(Verdict::Running), b"\x0b\0"),
+            (Message::Answer(Verdict::Refused), b"\x0b\x01"),
+            (Message::Answer(Verdict::Unknown), b"\x0b\x02"),
+            (Message::Back("net0".into()), b"\x10\x04net0"),
+        ];
+        for (message, bytes) in told {
+            assert_eq!(postcard::to_stdvec(&message).unwrap(), bytes, "{}", message.name());
+            assert_eq!(decode_exact::<Message>(bytes).unwrap(), message);
+        }
+    }
+
+    /// The rows of the table of messages in the rendered document.
+    fn documented() -> BTreeSet<&'static str> {
+        let page = include_str!("../../../docs/protocol.md");
+        let (_, table) = page.split_once("## Messages").unwrap();
+        let (table, _) = table.split_once("## Bytes").unwrap();
+        let rows = table.lines().filter_map(|line| line.strip_prefix("| "));
+        rows.filter_map(|row| row.split(" |").next()).filter(|name| *name != "name").collect()
+    }
+
+    #[test]
+    fn the_page_about_the_protocol_has_every_message() {
+        let messages = every_message();
+        let names: BTreeSet<_> = messages.iter().map(|(_, message)| message.name()).collect();
+        assert_eq!(documented(), names);
+        let page = include_str!("../../../docs/protocol.md");
+        let drawn = page.split("```mermaid").skip(1).filter_map(|rest| rest.split("```").next());
+        let drawn = drawn.collect::<String>();
+        for name in names.iter().filter(|name| **name != "GAVE UP") {
+            assert!(drawn.contains(name), "{name} is in no diagram");
+        }
+        let known = |word: &&str| {
+            let all = names.iter().flat_map(|name| name.split(' '));
+            all.chain(["HELLO", "STATE"]).any(|known| known == *word)
+        };
+        let words = drawn.split(|c: char| !c.is_alphabetic());
+        let shouted = words.filter(|word| word.len() > 2 && word.chars().all(char::is_uppercase));
+        assert_eq!(shouted.filter(|word| !known(word)).collect::<Vec<_>>(), <[&str; 0]>::default());
     }
 }
