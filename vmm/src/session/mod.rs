@@ -55,8 +55,9 @@ pub(crate) fn run(config: RunConfig) -> Result<Ending, Error> {
     // Before any thread is started: they inherit it.
     block_kicks().map_err(Error::Signals)?;
     let claim = RuntimeDir::open()?.claim(config.name.as_ref())?;
-    if let (Some(name), None) = (&config.name, &config.incoming) {
-        allow_boot(name)?;
+    if config.incoming.is_none() {
+        // Whether the name was given or found: who gave none the last time gives none again.
+        allow_boot(claim.name())?;
     }
     let (events, queue) = event::queue().map_err(Error::Events)?;
     let console = Console::open(&config.serial)?;

@@ -212,13 +212,18 @@ fn stopped_at(message: u8) -> Scene {
 
 /// The same, with `more` on the command line of the migration.
 fn stopped_at_of(message: u8, more: &str) -> Scene {
+    stopped(message, more, |home| home.run("--memory 64M"), "web")
+}
+
+/// The same, of the guest called `name` that `boot` starts.
+fn stopped(message: u8, more: &str, boot: impl FnOnce(&Host) -> Vm, name: &str) -> Scene {
     let (home, away) = (Host::new(), Host::new());
     let at = free_port();
     let incoming = format!("--incoming tcp:{at}");
     let destination = away.run(&incoming);
-    let source = home.run("--memory 64M");
+    let source = boot(&home);
     let proxy = Proxy::holding(message, at);
-    let line = format!("migrate --vm web --to {} --json {more}", proxy.address);
+    let line = format!("migrate --vm {name} --to {} --json {more}", proxy.address);
     let migrate = home.command(&line).spawn().unwrap();
     proxy.wait();
     Scene { home, away, incoming, source, destination, proxy, migrate }
@@ -303,6 +308,21 @@ fn a_guest_whose_source_was_killed_after_commit_is_not_booted_before_it_was_aske
     assert!(home.has_forgotten() && away.has_forgotten());
     let _again = home.run("--memory 64M");
     assert!(comes_to_run(&home));
+}
+
+#[test]
+fn a_guest_that_was_given_no_name_is_not_booted_a_second_time_either() {
+    if !usable() {
+        return;
+    }
+    let line = "run --serial null --memory 64M";
+    let scene = stopped(COMMIT, "", |home| home.start(home.command(line), "vm0"), "vm0");
+    scene.source.kill();
+    assert_eq!(status(scene.migrate), "undecided");
+    let (began, error) = scene.home.uvmm(line);
+    assert!(!began && error.contains("vm0 was given away"), "{error}");
+    assert!(error.contains("choose another name"), "{error}");
+    let _other = scene.home.run("--memory 64M");
 }
 
 #[test]
