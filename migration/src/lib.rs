@@ -72,14 +72,23 @@
 //!
 //! HELLO is frozen: a magic number, and the oldest and the newest version that its sender speaks.
 //! Both sides go by the newest version that both speak; if there is none they say so, each with
-//! both ranges, and nothing has happened. So a build speaks to the one before it and the one after
-//! it as long as it keeps the older version in its range, and uses what is new only where both
-//! know it. Version 2 is version 1 with memory that may come packed ([`wire::Compression`]): to a
-//! peer of version 1 memory goes as it is. The rules:
-//! - whatever changes a frame or a message is a new version ([`wire::VERSIONS`]);
-//! - messages are numbered by their place in [`wire::Message`]: new ones go to the end;
-//! - the state of each device has a version of its own ([`state::Saved`]), and says which older
-//!   ones it reads, so that a device can change without a new version of all.
+//! both ranges, and nothing has happened. Version 2 is version 1 with memory that may come packed
+//! ([`wire::Compression`]): to a peer of version 1 memory goes as it is.
+//!
+//! Three things can differ between builds, and each has its rule:
+//! - Frames and messages: whatever changes them is a new version ([`wire::VERSIONS`]), used only
+//!   where both speak it. Messages are numbered by their place in [`wire::Message`]: new ones go to
+//!   the end.
+//! - What a machine is like: its profile and how to build it, in OFFER. The destination refuses what
+//!   it does not know, by its name; so what is new is left out where it is as it always was.
+//! - The state of each part ([`state::Saved`]): its version is in the profile ([`state::Format`]), and
+//!   the destination refuses one that it cannot read.
+//!
+//! So a guest moves to a newer build as long as that keeps the older protocol in its range, reads the
+//! older formats, and knows what older machines are like; what was recorded of older builds is kept
+//! with the tests, and read by each later one. It moves to an older build if nothing about it is new:
+//! neither a device, nor a format, nor a property. Otherwise it is refused, by everything that is in
+//! the way and before the first dirty log starts, and runs on at the source.
 //!
 //! # On one host
 //!

@@ -8,7 +8,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use migration::state::{Migratable, Saved, StateError, StateReader, StateWriter};
+use migration::state::{Format, Migratable, Saved, StateError, StateReader, StateWriter};
 use serde::{Deserialize, Serialize};
 
 use super::Power;
@@ -32,6 +32,10 @@ pub const S5: u16 = 5;
 pub const PWRBTN_STS: u16 = 1 << 8;
 /// The power button interrupts (4.8.3.1.2).
 pub const PWRBTN_EN: u16 = 1 << 8;
+/// What the event block is saved as.
+pub const EVENTS_FORMAT: Format = Format::of::<PmEventsV1>();
+/// What the control block is saved as.
+pub const CONTROL_FORMAT: Format = Format::of::<PmControlV1>();
 
 // 4.8.3.1.2: TMR_EN, GBL_EN, PWRBTN_EN, SLPBTN_EN, RTC_EN.
 const ENABLE_WRITABLE: u16 = 1 << 0 | 1 << 5 | PWRBTN_EN | 1 << 9 | 1 << 10;

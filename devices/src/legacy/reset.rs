@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use migration::state::{Migratable, Saved, StateError, StateReader, StateWriter};
+use migration::state::{Format, Migratable, Saved, StateError, StateReader, StateWriter};
 use serde::{Deserialize, Serialize};
 
 use super::Power;
@@ -17,6 +17,8 @@ pub const SYSTEM_RESET: u8 = 1 << 1;
 pub const RESET_CPU: u8 = 1 << 2;
 /// Bit 3: the reset includes a power cycle. There is no difference here.
 pub const FULL_RESET: u8 = 1 << 3;
+/// What the register is saved as.
+pub const FORMAT: Format = Format::of::<ResetControlV1>();
 
 const WRITABLE: u8 = SYSTEM_RESET | RESET_CPU | FULL_RESET;
 

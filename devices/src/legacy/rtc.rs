@@ -25,6 +25,8 @@ pub const SIZE: u64 = 2;
 pub const IRQ: u32 = 8;
 /// The register of the century.
 pub const CENTURY: u8 = 0x32;
+/// What the clock is saved as.
+pub const FORMAT: migration::state::Format = migration::state::Format::of::<RtcV1>();
 
 const A: u8 = 0x0a;
 const B: u8 = 0x0b;

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use migration::state::{Migratable, Saved, StateError, StateReader, StateWriter};
+use migration::state::{Format, Migratable, Saved, StateError, StateReader, StateWriter};
 use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vm_superio::serial::{Error, NoEvents, SerialState};
@@ -22,6 +22,8 @@ pub const IRQ: u32 = 4;
 
 /// How many bytes of input wait in the UART.
 pub const FIFO_SIZE: usize = 64;
+/// What a serial line is saved as.
+pub const FORMAT: Format = Format::of::<SerialV1>();
 
 // National Semiconductor PC16550D, table II.
 const MODEM_CONTROL: u64 = 4;

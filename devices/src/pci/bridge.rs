@@ -8,7 +8,7 @@ mod migration_block;
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use migration::state::{Migratable, Saved, StateError, StateReader, StateWriter};
+use migration::state::{Format, Migratable, Saved, StateError, StateReader, StateWriter};
 use serde::{Deserialize, Serialize};
 
 use super::bar::Layout;
@@ -29,6 +29,8 @@ use migration_block::MigrationBlock;
 pub const IDENTITY: (u16, u16) = (0x1b36, 0x0001);
 /// Bytes of the base address register that holds the controller's working registers.
 pub const REGISTERS_SIZE: u64 = 0x1000;
+/// What the bridge is saved as.
+pub const FORMAT: Format = Format::of::<SlotBridgeV1>();
 
 /// SHPC capability (SHPC 1.0, 4.1.1): the selected double word of the working registers.
 const SELECT: u16 = 2;

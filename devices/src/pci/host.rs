@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use migration::state::{Migratable, Saved, StateError, StateReader, StateWriter};
+use migration::state::{Format, Migratable, Saved, StateError, StateReader, StateWriter};
 use serde::{Deserialize, Serialize};
 
 use super::registers::{
@@ -23,6 +23,10 @@ pub const ECAM_BUS: u64 = 1 << 20;
 
 /// Red Hat's identifier of a host bridge that no hardware has (QEMU's generic one).
 pub const IDENTITY: (u16, u16) = (0x1b36, 0x0008);
+/// What the host bridge is saved as.
+pub const FORMAT: Format = Format::of::<HostBridgeV1>();
+/// What its configuration ports is saved as.
+pub const PORTS_FORMAT: Format = Format::of::<ConfigPortsV1>();
 const CLASS: u32 = 0x06_00_00 << 8;
 
 const DATA: u64 = 4;

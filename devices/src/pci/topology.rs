@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::ops::{Range, RangeInclusive};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use migration::state::{Migratable, Saved, StateError, StateReader, StateWriter};
+use migration::state::{Format, Migratable, Saved, StateError, StateReader, StateWriter};
 use serde::{Deserialize, Serialize};
 
 use super::intx::{SharedLine, root_line, swizzle};
@@ -52,6 +52,8 @@ pub struct BusId(u8);
 
 /// The bus of the host bridge.
 pub const ROOT: BusId = BusId(0);
+/// What the places of functions is saved as.
+pub const FORMAT: Format = Format::of::<TopologyV1>();
 
 /// Where a function is wired: the bus, and device and function as in configuration addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

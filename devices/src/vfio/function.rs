@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use migration::state::{Migratable, Saved, StateError, StateReader, StateWriter};
+use migration::state::{Format, Migratable, Saved, StateError, StateReader, StateWriter};
 use serde::{Deserialize, Serialize};
 
 use super::attention::{Owner, listen_for};
@@ -24,6 +24,9 @@ use crate::pci::msi::Msi;
 use crate::pci::msix::{Capability, Control, Msix, MsixV1};
 use crate::pci::registers::{COMMAND, INTERRUPT_PIN, Registers, RegistersV1, command};
 use crate::pci::{Bar, Effect, PciFunction};
+
+/// What a device of the host is saved as.
+pub const FORMAT: Format = Format::of::<VfioFunctionV1>();
 
 /// What a device needs of the machine that it is put into.
 #[derive(Clone)]

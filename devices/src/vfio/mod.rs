@@ -22,7 +22,7 @@ mod tests;
 pub use attention::Owner;
 pub use container::{Container, check_container};
 pub use error::Error;
-pub use function::{Machine, VfioFunction};
+pub use function::{FORMAT, Machine, VfioFunction};
 pub use host::{HostDevice, IOMMU, Neighbour, Way};
 /// KVM's own knowledge of the guest's devices, as [`Container::new`] takes it.
 pub use vfio_ioctls::VfioDeviceFd;

@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 
 use super::{Item, Mismatch, Profile, Rule, Value};
+use crate::state::format;
 
 /// How people call what a profile tells, and what they can do where hosts differ.
 ///
-/// The engine knows neither; where `None` is given, it finds general words.
+/// The engine knows neither, but of the formats of states; where `None` is given, it finds general
+/// words.
 pub trait Terms {
     /// The name of a member of the set at `path`: a bit of [`Value::Bits`], counted from 0, or a
     /// number of [`Value::Numbers`].
@@ -67,7 +69,10 @@ pub fn agree_in_terms(
 fn compare(item: &Item, found: Option<&Value>, terms: &dyn Terms) -> Option<Mismatch> {
     let (fits, remedy) = match (item.rule, &item.value, found) {
         (Rule::Host, _, _) => return None,
-        (_, _, None) => (false, "use the same uvmm and the same devices on both sides".into()),
+        (_, _, None) => {
+            let general = || "use the same uvmm and the same devices on both sides".into();
+            (false, format::remedy(&item.path).unwrap_or_else(general))
+        }
         (Rule::Eq, wanted, Some(found)) => {
             (wanted == found, "make both sides the same, or choose another host".into())
         }
@@ -94,7 +99,8 @@ fn lacks(item: &Item, found: &Value, missing: &Value, terms: &dyn Terms) -> Opti
     if members.is_empty() {
         return None;
     }
-    let name = |&member: &u64| terms.member(&item.path, member);
+    let path = &item.path;
+    let name = |&member: &u64| terms.member(path, member).or_else(|| format::name(path, member));
     let (wanted, found) = match members.iter().map(name).collect::<Option<Vec<_>>>() {
         Some(names) => {
             let found = if names.len() == 1 { "a host without it" } else { "a host without them" };
@@ -103,8 +109,8 @@ fn lacks(item: &Item, found: &Value, missing: &Value, terms: &dyn Terms) -> Opti
         None => (item.value.to_string(), found.to_string()),
     };
     let remedy = || format!("choose a host that has {missing}");
-    let remedy = terms.remedy(&item.path).unwrap_or_else(remedy);
-    Some(Mismatch { path: item.path.clone(), wanted, found, remedy })
+    let remedy = terms.remedy(path).or_else(|| format::remedy(path)).unwrap_or_else(remedy);
+    Some(Mismatch { path: path.clone(), wanted, found, remedy })
 }
 
 /// The members of the set `wanted` that `found` lacks; `None` if those are not two alike sets.

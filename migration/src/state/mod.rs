@@ -9,15 +9,19 @@
 //! ```
 //!
 //! Numbers are little endian, payloads are postcard. The encoding is positional, so a field more
-//! is a version more: [`Saved::decode`] is the place that knows how to read the older one.
+//! is a version more: [`Saved::decode`] is the place that knows how to read the older one, and
+//! [`Saved::OLDEST`] tells everyone that it does. Both sides compare their [`Format`]s before
+//! anything moves.
 
 mod error;
+pub(crate) mod format;
 mod reader;
 mod section;
 pub mod testing;
 mod writer;
 
 pub use error::StateError;
+pub use format::Format;
 pub use reader::StateReader;
 pub use writer::StateWriter;
 
@@ -35,10 +39,13 @@ pub trait Saved: Serialize + DeserializeOwned {
     const KIND: &'static str;
     /// Counts the layouts of this format, from 1.
     const VERSION: u16;
+    /// The oldest version that `decode` reads; of those since then it reads all.
+    const OLDEST: u16 = Self::VERSION;
 
     /// Makes a value of the bytes that `version` of this format encodes to.
     ///
-    /// Reads this very version only; a type that can read an older one overrides this.
+    /// Reads this very version only; a type that can read an older one overrides this, and
+    /// [`Saved::OLDEST`].
     fn decode(version: u16, bytes: &[u8]) -> Result<Self, StateError> {
         if version != Self::VERSION {
             return Err(StateError::Version {

@@ -52,6 +52,11 @@ impl<'a> StateReader<'a> {
         })
     }
 
+    /// The kinds of the sections that were not taken yet.
+    pub fn kinds(&self) -> impl Iterator<Item = &'a str> {
+        self.left.values().flat_map(BTreeMap::keys).copied()
+    }
+
     /// Insists that everything was taken.
     pub fn finish(self) -> Result<(), StateError> {
         let unread = self.left.values().flat_map(BTreeMap::values);

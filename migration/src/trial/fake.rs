@@ -1,5 +1,6 @@
 //! A guest whose vCPU is a thread that writes memory, and the hosts it lives on.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,7 +17,7 @@ use crate::plan::{Meanwhile, Phase, Plan, Priority, Step, StepFailure};
 use crate::policy::Shares;
 use crate::ram::{DirtySet, OwnWrites, PAGE, Ram};
 use crate::report::Device;
-use crate::state::{Saved, StateError, StateReader, StateWriter};
+use crate::state::{Format, Saved, StateError, StateReader, StateWriter};
 
 pub(super) const LOW_PAGES: u64 = 8;
 pub(super) const HIGH: u64 = 1 << 32;
@@ -89,6 +90,8 @@ pub(super) enum Fault {
     NoStart,
     /// The destination lacks a device.
     Mismatch,
+    /// The destination reads only an older version of the state.
+    OldFormat,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -293,6 +296,7 @@ impl Departing for FakeGuest {
     }
     fn offer(&self) -> Offer {
         let profile = Profile::new().with("device", Rule::Eq, "lamp").with("cpus", Rule::Eq, 1);
+        let profile = Format::of::<CounterV1>().written(profile);
         Offer { name: "fake".into(), config: vec![1, 2, 3], profile, ram: vec![] }
     }
     fn ram(&self) -> &Ram {
@@ -348,6 +352,10 @@ impl Host for FakeHost {
     ) -> Result<FakeArrival, Vec<Mismatch>> {
         let device = if self.fault == Fault::Mismatch { "radio" } else { "lamp" };
         let have = Profile::new().with("device", Rule::Eq, device).with("cpus", Rule::Eq, 1);
+        let have = match self.fault {
+            Fault::OldFormat => have.with("state/counter", Rule::Subset, BTreeSet::from([0])),
+            _ => Format::of::<CounterV1>().read(have),
+        };
         agree(&offer.profile, &have)?;
         let ram = memory.map_or_else(|| ram(self.low_pages), |file| mapped(self.low_pages, &file));
         Ok(FakeArrival { ram, count: 0, host: self.clone() })

@@ -17,7 +17,7 @@ use super::network::{Limits, Network};
 use crate::destination::receive;
 use crate::error::one_line;
 use crate::patience::Cancel;
-use crate::progress::{Progress, Watch};
+use crate::progress::{Progress, Stage, Watch};
 use crate::ram::PAGE;
 use crate::record::NoRecord;
 use crate::report::Report;
@@ -85,12 +85,17 @@ const PAGES: u64 = 600;
 /// Moves a guest over connections whose ends hear these versions of each other; gives the report, or
 /// what went wrong.
 fn moved(hear: [(u16, u16); 2], options: &Options) -> Result<Report, String> {
+    moved_to(Fault::None, hear, options)
+}
+
+/// The same, to a host on which this goes wrong.
+fn moved_to(fault: Fault, hear: [(u16, u16); 2], options: &Options) -> Result<Report, String> {
     let world = Arc::<World>::default();
     let mut guest = FakeGuest::with_memory(&world, Fault::None, PAGES);
     for page in (0..PAGES).filter(|page| page % 100 < 70) {
         guest.ram.write_obj(page + 1, GuestAddress(page * PAGE + page % 400 * 8 + 64)).unwrap();
     }
-    let mut host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: PAGES };
+    let mut host = FakeHost { world: world.clone(), fault, low_pages: PAGES };
     let (network, door) = Network::new(Limits::NONE, None);
     let (patience, done) = (options.patience, Cancel::new());
     let waits = done.clone();
@@ -99,13 +104,15 @@ fn moved(hear: [(u16, u16); 2], options: &Options) -> Result<Report, String> {
         receive(&mut host, door, &patience, Watch { progress, cancel, record: Box::new(NoRecord) })
     });
     let connect = || Ok(Disguised { stream: network.visit(), hear: hear.map(Some) });
-    let (progress, cancel) = (&mut |_: &Progress| {}, Cancel::new());
-    let watch = Watch { progress, cancel, record: Box::new(NoRecord) };
+    let mut begun = false;
+    let progress = &mut |now: &Progress| begun |= now.stage != Stage::Preparing;
+    let watch = Watch { progress, cancel: Cancel::new(), record: Box::new(NoRecord) };
     let sent = send(&mut guest, connect, options, watch);
     if let Err(failure) = sent {
         done.cancel();
         assert!(destination.unwrap().join().unwrap().is_err());
         assert_eq!(world.runners(), (true, false));
+        assert!(fault == Fault::None || !begun, "it was told too late");
         return Err(one_line(&*failure));
     }
     let arrived = destination.unwrap().join().unwrap().unwrap();
@@ -154,4 +161,14 @@ fn what_was_not_agreed_on_is_refused() {
     let options = Options { compression: Compression::Zstd, ..options() };
     let error = moved([VERSIONS, (1, 1)], &options).unwrap_err();
     assert!(error.contains("closed the connection"), "{error}");
+}
+
+#[test]
+fn a_state_that_an_older_build_cannot_read_is_refused_before_anything_is_done_to_the_guest() {
+    for dry_run in [false, true] {
+        let options = Options { dry_run, ..options() };
+        let error = moved_to(Fault::OldFormat, [VERSIONS; 2], &options).unwrap_err();
+        assert!(error.contains("state/counter: wanted version 1"), "{error}");
+        assert!(error.contains("as new as the source's"), "{error}");
+    }
 }

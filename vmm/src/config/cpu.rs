@@ -158,8 +158,6 @@ impl TryFrom<String> for CpuSource {
 
 #[cfg(test)]
 mod tests {
-    use migration::state::decode_exact;
-    use proptest::prelude::*;
 
     use super::*;
 
@@ -181,8 +179,8 @@ mod tests {
         let text = "base = 'x86-64-v3'\nadd = ['aes', 'sse3']\nremove = ['lzcnt']";
         let model: CpuModel = toml::from_str(text).unwrap();
         assert_eq!(model.to_string(), "x86-64-v3+aes+pni-abm");
-        let wire = postcard::to_stdvec(&model).unwrap();
-        assert_eq!(decode_exact::<CpuModel>(&wire).unwrap(), model);
+        let wire = serde_json::to_vec(&model).unwrap();
+        assert_eq!(serde_json::from_slice::<CpuModel>(&wire).unwrap(), model);
     }
 
     #[test]
@@ -195,13 +193,6 @@ mod tests {
         ] {
             let error = toml::from_str::<CpuModel>(text).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn no_bytes_of_a_peer_make_the_decoder_panic(bytes: Vec<u8>) {
-            let _ = decode_exact::<CpuModel>(&bytes);
         }
     }
 }

@@ -82,8 +82,11 @@ impl Boot {
 
 /// What the guest can see of its machine: the same on both sides of a migration.
 ///
-/// It travels in the migration's offer, so a field that is added here changes that format.
+/// It travels in the migration's offer, by the names of its fields. One that is added has to have a
+/// default that is what all machines were until then, and is left out where it has that: so older
+/// builds can make the machine, or refuse it by the name of what they do not know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     /// Bytes of guest memory: a multiple of [`MEMORY_STEP`], at least [`MEMORY_MIN`].
     pub memory: u64,

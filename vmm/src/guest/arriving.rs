@@ -7,13 +7,13 @@ use migration::compat::{Mismatch, Offer, Profile, Rule, Value, agree_in_terms};
 use migration::guest::{Arriving, Host};
 use migration::plan::StepFailure;
 use migration::ram::Ram;
-use migration::state::{StateError, StateReader, decode_exact};
+use migration::state::{StateError, StateReader};
 
 use super::{Blueprint, DEVICES, Passenger, device_path, regions, with_device};
 use crate::arch::profile::{self, Platform, ProcessorTerms, TSC_KHZ};
 use crate::cause;
 use crate::config::{CPUS, CpuModel, DeviceConfig, MEMORY_MIN, MachineConfig, PCI_SLOTS};
-use crate::machine::{HostSide, Machine};
+use crate::machine::{HostSide, Machine, formats};
 
 const CHOOSE_ANOTHER: &str = "mend that, or choose another host";
 const SAME_UVMM: &str = "use the same uvmm on both sides";
@@ -126,6 +126,7 @@ impl Builder {
         };
         let opened = self.open_devices(devices.unwrap_or_default(), machine, against);
         let have = opened.items().iter().cloned().fold(have, Profile::with_item);
+        let have = formats::read().fold(have, |have, format| format.read(have));
         // Of a device that could not be had, nothing else is told.
         let had = |path: &str| !against.iter().any(|m| path.starts_with(&format!("{}/", m.path)));
         let known = |path: &str| {
@@ -180,7 +181,7 @@ impl Host for Builder {
 
     fn prepare(&mut self, offer: &Offer, memory: Option<File>) -> Result<Awaiting, Vec<Mismatch>> {
         let mut against = Vec::new();
-        let blueprint: Option<Blueprint> = decode_exact(&offer.config)
+        let blueprint = Blueprint::decode(&offer.config)
             .map_err(|error| {
                 let found = cause::chain(&error);
                 against.push(mismatch("machine", "a machine", found, SAME_UVMM));

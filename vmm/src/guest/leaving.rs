@@ -17,7 +17,7 @@ use crate::arch::profile::Platform;
 use crate::config::{DeviceConfig, DeviceId, VmName};
 use crate::control::PlannedDevice;
 use crate::dirty;
-use crate::machine::{Machine, Seats};
+use crate::machine::{Machine, Seats, formats};
 use crate::power::PowerSwitch;
 use crate::strategy::{
     Abilities, Choice, Evict, Moving, Pause, StayPaused, WantDirtying, Way, choose,
@@ -152,6 +152,15 @@ impl Leaving {
         told.collect()
     }
 
+    /// What the destination must be able to read.
+    fn written_formats(&self, profile: Profile) -> Profile {
+        let ways = self.moving.as_ref().map(Moving::ways).unwrap_or_default();
+        // One that is evicted leaves no state.
+        let devices = ways.contains(&Way::Pause);
+        let formats = formats::written(self.machine.slots().is_some(), devices);
+        formats.fold(profile, |profile, format| format.written(profile))
+    }
+
     /// What the destination's devices must be like.
     fn device_profile(&self, mut profile: Profile) -> Profile {
         let Some(moving) = &self.moving else { return profile };
@@ -192,8 +201,8 @@ impl Departing for Leaving {
         };
         Offer {
             name: self.traits.name.to_string(),
-            config: postcard::to_stdvec(&blueprint).expect("plain data encodes"),
-            profile: self.device_profile(self.profile.clone()),
+            config: blueprint.encode(),
+            profile: self.written_formats(self.device_profile(self.profile.clone())),
             ram: regions(self.ram()),
         }
     }

@@ -7,12 +7,15 @@ use devices::shpc::{SlotError, Slots};
 use devices::vfio::{self, Container, Owner, VfioDeviceFd, VfioFunction};
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 
-use migration::state::{Migratable, Saved, StateError, StateReader, StateWriter};
+use migration::state::{Format, Migratable, Saved, StateError, StateReader, StateWriter};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{DeviceConfig, DeviceId};
 use crate::event::{Event, Events};
 use crate::kvm::{self, Routes, Vm};
+
+/// What tells of a guest's devices in a saved state.
+pub(super) const FORMAT: Format = Format::of::<AssignedV1>();
 
 /// Why a guest is not given a device.
 #[derive(Debug, thiserror::Error)]

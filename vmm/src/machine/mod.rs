@@ -3,6 +3,7 @@
 mod alarm;
 mod assemble;
 mod assigned;
+pub(crate) mod formats;
 mod pci;
 
 use std::collections::BTreeMap;

@@ -1,6 +1,9 @@
 //! Guests that one host offers and another looks at, on this machine's own KVM.
 
+use std::collections::BTreeSet;
+
 use migration::guest::Departing;
+use migration::state::StateWriter;
 
 use super::*;
 use crate::config::{DirtyTracking, SerialMode};
@@ -24,11 +27,17 @@ fn builder(devices: &[&str]) -> Builder {
     })
 }
 
-/// What a guest of this machine offers; none where there is no KVM.
-fn offer() -> Option<Offer> {
+/// A machine with so many slots; none where there is no KVM.
+fn machine(pci_slots: u8) -> Option<Machine> {
     block_kicks().unwrap();
-    let machine = Machine::empty(&smallest(), &builder(&[]).host, None);
-    let machine = machine.map_err(|error| eprintln!("skipped: no usable KVM: {error}")).ok()?;
+    let config = MachineConfig { pci_slots, ..smallest() };
+    let machine = Machine::empty(&config, &builder(&[]).host, None);
+    machine.map_err(|error| eprintln!("skipped: no usable KVM: {error}")).ok()
+}
+
+/// What a guest of this machine offers.
+fn offer() -> Option<Offer> {
+    let machine = machine(0)?;
     let name = "web".parse().unwrap();
     let traits = Traits { name, built_in: true, bounces: false, devices: Vec::new() };
     Some(Leaving::new(machine, traits).ok().unwrap().offer())
@@ -36,9 +45,9 @@ fn offer() -> Option<Offer> {
 
 /// The offer with another blueprint.
 fn changed(offer: &Offer, change: impl FnOnce(&mut Blueprint)) -> Offer {
-    let mut blueprint = decode_exact(&offer.config).unwrap();
+    let mut blueprint = Blueprint::decode(&offer.config).unwrap();
     change(&mut blueprint);
-    Offer { config: postcard::to_stdvec(&blueprint).unwrap(), ..offer.clone() }
+    Offer { config: blueprint.encode(), ..offer.clone() }
 }
 
 /// The offer of a guest that relies on every feature of one kind that a processor can tell of.
@@ -102,4 +111,33 @@ fn a_device_that_a_host_cannot_open_is_told_with_all_else() {
     let profile = offer.profile.clone().with("device/its/model", Rule::Eq, "a card");
     let told = against(&mut builder, &Offer { profile, ..offer });
     assert_eq!(told, ["machine", "device/its", "cpu/features/7.0-ebx"]);
+}
+
+#[test]
+fn the_formats_that_are_told_of_are_those_that_a_state_has() {
+    for slots in [0, 2] {
+        let Some(machine) = machine(slots) else { return };
+        let mut state = StateWriter::new();
+        machine.save(&mut state).unwrap();
+        let state = StateReader::open(state.bytes()).unwrap();
+        let told: BTreeSet<_> =
+            formats::written(slots > 0, false).map(|format| format.kind()).collect();
+        assert_eq!(state.kinds().collect::<BTreeSet<_>>(), told);
+    }
+}
+
+#[test]
+fn a_state_that_cannot_be_read_is_told_of_before_anything_moves() {
+    let Some(offer) = offer() else { return };
+    let newer = offer.profile.items().iter().cloned().map(|mut item| {
+        if item.path == "state/uart16550" {
+            item.value = Value::Numbers(BTreeSet::from([77]));
+        }
+        item
+    });
+    let profile = newer.fold(Profile::new(), Profile::with_item);
+    let profile = profile.with("state/sound", Rule::Subset, BTreeSet::from([1]));
+    let newer = demanding(Offer { profile, ..offer });
+    let told = against(&mut builder(&[]), &newer);
+    assert_eq!(told, ["cpu/features/7.0-ebx", "state/uart16550", "state/sound"]);
 }
