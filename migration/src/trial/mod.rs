@@ -9,6 +9,7 @@ mod journeys;
 mod matrix;
 mod network;
 mod peers;
+mod recorded;
 mod restarts;
 mod shared;
 mod snapshots;
