@@ -166,6 +166,16 @@ impl Vm {
     }
 
     fn ended(mut self) -> Option<i32> {
+        self.wait()
+    }
+
+    /// What it says against running at all.
+    fn refused(mut self) -> String {
+        assert_eq!(self.wait(), Some(1));
+        self.said()
+    }
+
+    fn wait(&mut self) -> Option<i32> {
         let start = Instant::now();
         loop {
             if let Some(status) = self.0.try_wait().unwrap() {
@@ -319,8 +329,8 @@ fn a_guest_that_was_given_no_name_is_not_booted_a_second_time_either() {
     let scene = stopped(COMMIT, "", |home| home.start(home.command(line), "vm0"), "vm0");
     scene.source.kill();
     assert_eq!(status(scene.migrate), "undecided");
-    let (began, error) = scene.home.uvmm(line);
-    assert!(!began && error.contains("vm0 was given away"), "{error}");
+    let error = Vm(scene.home.command(line).spawn().unwrap()).refused();
+    assert!(error.contains("vm0 was given away"), "{error}");
     assert!(error.contains("choose another name"), "{error}");
     let _other = scene.home.run("--memory 64M");
 }
