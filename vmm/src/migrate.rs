@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpListener;
 use std::num::NonZero;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, Builder as Thread};
@@ -17,7 +17,7 @@ use migration::plan::{Phase, Plan};
 use migration::progress::{Stage, Watch};
 use migration::record::FileRecord;
 use migration::report::{Report, Status};
-use migration::wire::{Listener, MOST_STREAMS, connect_tcp, listen_tcp};
+use migration::wire::{Listener, MOST_STREAMS, connect_tcp, connect_unix, listen_tcp};
 use migration::{Arrived, Error, Failure, Options, ask, receive, send};
 
 use crate::cause;
@@ -149,16 +149,12 @@ pub(crate) fn depart(
         };
         let watch = Watch { progress: &mut progress, cancel, record: Box::new(record.clone()) };
         let options = options(&request);
+        let limit = options.patience.greeting;
         let result = match request.to.clone() {
             Address::Tcp { host, port } => {
-                let limit = options.patience.greeting;
-                let connect = || connect_tcp((host.as_str(), port), limit);
-                send(&mut guest, connect, &options, watch)
+                send(&mut guest, || connect_tcp((host.clone(), port), limit), &options, watch)
             }
-            Address::Unix(path) => {
-                let connect = || -> io::Result<UnixStream> { UnixStream::connect(&path) };
-                send(&mut guest, connect, &options, watch)
-            }
+            Address::Unix(path) => send(&mut guest, || connect_unix(&path, limit), &options, watch),
         };
         events.send(Event::Departed(Box::new(Departure { guest, request, reply, result, record })));
     });
@@ -192,14 +188,17 @@ pub(crate) fn take_back(guest: Box<Leaving>, events: Events) -> Underway {
 }
 
 /// Asks at `to`, where a guest was given away, whether it runs there.
-pub(crate) fn ask_at(to: &Address, handover: &mut Handover<Giving>) -> Result<Giving, Error> {
-    let patience = Patience::default();
+pub(crate) fn ask_at(
+    to: &Address,
+    handover: &mut Handover<Giving>,
+    patience: &Patience,
+) -> Result<Giving, Error> {
+    let limit = patience.greeting;
     match to {
         Address::Tcp { host, port } => {
-            let connect = || connect_tcp((host.as_str(), *port), patience.greeting);
-            ask(handover, connect, &patience)
+            ask(handover, || connect_tcp((host.clone(), *port), limit), patience)
         }
-        Address::Unix(path) => ask(handover, || UnixStream::connect(path), &patience),
+        Address::Unix(path) => ask(handover, || connect_unix(path, limit), patience),
     }
 }
 
@@ -387,7 +386,24 @@ pub(crate) fn tell(report: &Report) -> MigrationReport {
 
 #[cfg(test)]
 mod tests {
+    use migration::handover::Token;
+    use migration::record::NoRecord;
+
     use super::*;
+
+    #[test]
+    fn a_destination_that_takes_no_connection_is_not_asked_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let _queued = connect_unix(&path, Duration::from_secs(30)).unwrap();
+        let record = Box::new(NoRecord);
+        let mut handover = Handover::gave(Token::random().unwrap(), Giving::Asked, record);
+        let patience = Patience { greeting: Duration::from_millis(100), ..Patience::default() };
+        let asked = ask_at(&Address::Unix(path), &mut handover, &patience);
+        assert!(matches!(asked, Err(Error::Connect(_))), "{asked:?}");
+    }
 
     #[test]
     fn every_step_is_told_and_all_else_now_and_then() {

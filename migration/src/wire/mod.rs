@@ -3,6 +3,7 @@
 mod channel;
 mod choice;
 mod conduit;
+mod connect;
 mod error;
 mod frame;
 mod hello;
@@ -18,6 +19,7 @@ pub use channel::Channel;
 pub(crate) use channel::Received;
 #[cfg(test)]
 pub(crate) use channel::sum_of;
+pub use connect::{connect_tcp, connect_unix};
 pub use error::PeerError;
 pub use frame::{FRAME_LIMIT, Frame, MESSAGE_LIMIT};
 pub use hello::{Hello, VERSIONS};
@@ -26,4 +28,4 @@ pub(crate) use lanes::{Door, Lanes, culprit};
 pub use message::{Message, Totals};
 pub(crate) use pace::Pace;
 pub use pack::{Codec, Compression};
-pub use stream::{Listener, Stream, connect_tcp, listen_tcp};
+pub use stream::{Listener, Stream, listen_tcp};

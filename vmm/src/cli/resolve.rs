@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use clap::Args;
 use migration::handover::{Giving, Handover, Token};
+use migration::patience::Patience;
 use migration::record::{FileRecord, Record, Role, Side, Written};
 
 use super::{Failure, Outcome, Vm, print};
@@ -180,7 +181,7 @@ impl Open {
 /// Asks the destination, which hears DONE once `record` knows what it said.
 fn ask(token: Token, to: &Address, record: Box<dyn Record>, back: &str) -> Outcome {
     let mut handover = Handover::gave(token, Giving::Asked, record);
-    match ask_at(to, &mut handover)? {
+    match ask_at(to, &mut handover, &Patience::default())? {
         Giving::Given => print(&format!("the guest runs at {to}\n")),
         Giving::Back => print(&format!("the guest does not run at {to} and never will: {back}\n")),
         Giving::Asked | Giving::Mine | Giving::Awaited => {

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use migration::wire::connect_unix;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use thiserror::Error;
 
@@ -132,7 +132,7 @@ impl Client {
             None => only_one(dir)?,
         };
         let path = dir.socket(&name);
-        match connect_within(&path, PATIENCE) {
+        match connect_unix(&path, PATIENCE) {
             Ok(stream) => Ok(Client { name, stream, received: Vec::new() }),
             Err(e) if e.kind() == io::ErrorKind::TimedOut => Err(ClientError::Silent { name }),
             Err(source) => Err(ClientError::Connect { name, path, source }),
@@ -257,24 +257,4 @@ fn only_one(dir: &RuntimeDir) -> Result<VmName, ClientError> {
         }
     }
     names.pop().ok_or(ClientError::NoneRunning)
-}
-
-/// A Unix socket's connect waits for as long as the listener's queue is full, so it is tried
-/// without waiting instead.
-fn connect_within(path: &std::path::Path, limit: Duration) -> io::Result<UnixStream> {
-    let address = SocketAddrUnix::new(path)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    let began = Instant::now();
-    loop {
-        match connect(&socket, &address) {
-            Ok(()) => break,
-            Err(rustix::io::Errno::AGAIN) if began.elapsed() < limit => std::thread::sleep(TICK),
-            Err(rustix::io::Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
-            Err(error) => return Err(error.into()),
-        }
-    }
-    let stream = UnixStream::from(socket);
-    stream.set_nonblocking(false)?;
-    Ok(stream)
 }
