@@ -16,6 +16,8 @@ use crate::state::StateError;
 use crate::wire::PeerError;
 
 const MIB: f64 = 1048576.0;
+/// Bytes of mismatches behind which no other is told, far below what a control socket carries.
+const LISTED: usize = 8 << 10;
 
 /// Why a migration stopped.
 #[derive(Debug, thiserror::Error)]
@@ -177,6 +179,44 @@ pub fn one_line(error: &dyn error::Error) -> String {
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
+/// The mismatches, as many as fit: a peer may have written them, and reports are to reach whoever
+/// asked for the migration.
 fn listed(mismatches: &[Mismatch]) -> String {
-    mismatches.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    let mut told = String::new();
+    for (number, mismatch) in mismatches.iter().enumerate() {
+        if told.len() > LISTED {
+            return format!("{told}; and {} more", mismatches.len() - number);
+        }
+        let separator = if number == 0 { "" } else { "; " };
+        told = format!("{told}{separator}{mismatch}");
+    }
+    told
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(count: usize, text: &str) -> String {
+        let [path, wanted, found, remedy] = [(); 4].map(|()| text.to_owned());
+        let error = Error::Refused(vec![Mismatch { path, wanted, found, remedy }; count]);
+        Failure::of(error, Report::default()).report.error.unwrap()
+    }
+
+    #[test]
+    fn all_that_an_honest_destination_minds_is_told() {
+        let told = of(50, "some name, or a value");
+        assert_eq!(told.matches("; ").count(), 49);
+        assert!(!told.contains("more"));
+    }
+
+    #[test]
+    fn however_much_a_destination_minds_the_report_stays_short() {
+        for text in ["", "x", "\u{10ffff}\"", &"\u{1f4a5}".repeat(2000)] {
+            let told = of(1000, text);
+            assert!(told.len() < 12 << 10, "{} bytes", told.len());
+            let listed = told.matches("; ").count();
+            assert!(told.ends_with(&format!("; and {} more", 1000 - listed)), "{listed}");
+        }
+    }
 }

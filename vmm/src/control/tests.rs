@@ -55,7 +55,7 @@ impl FakeVm {
                 for round in 0..10_000 {
                     reply.progress(&Progress { round, ..Progress::default() });
                 }
-                reply.finish(Ok(MigrationReport::not_started("a test".into())));
+                reply.finish(Ok(MigrationReport::not_started(longest_error())));
             }
             _ => reply.finish(Ok(())),
         };
@@ -71,6 +71,11 @@ impl FakeVm {
         let thread = Some(thread::Builder::new().spawn(run).unwrap());
         FakeVm { stop, thread, name }
     }
+}
+
+/// The longest that a migration may end with, each character of which takes two on the socket.
+fn longest_error() -> String {
+    "\"".repeat(12 << 10)
 }
 
 impl Drop for FakeVm {
@@ -151,6 +156,7 @@ fn a_client_that_reads_slowly_still_gets_the_end() {
         })
         .unwrap();
     assert_eq!(report.status, MigrationStatus::Failed);
+    assert_eq!(report.error, Some(longest_error()));
     assert!((1..10_000).contains(&heard), "progress is dropped, not queued: {heard}");
 }
 
