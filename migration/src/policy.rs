@@ -33,12 +33,16 @@ const WANTED: f64 = 0.5;
 /// By how much less vCPUs are made to write, in percent, one step after the other.
 const STEPS: [u8; 7] = [20, 40, 60, 80, 90, 95, 99];
 
+/// As many passes over memory as any policy makes.
+pub const MOST_ROUNDS: u32 = 1000;
+
 /// When to stop copying.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
     /// How long the guest may stand still for what is left then: memory, device and vCPU state.
     pub downtime_limit: Duration,
-    /// How many passes over memory to make at most while it runs.
+    /// How many passes over memory to make at most while it runs, and again after each step that
+    /// takes long. More than [`MOST_ROUNDS`] count as that many.
     pub max_rounds: u32,
     /// What to do about a guest that writes faster than the connection carries.
     pub on_no_convergence: NoConvergence,
@@ -149,7 +153,7 @@ impl Policy {
         if self.stop_for(seen, rate, state) <= self.downtime_limit {
             return Decision::SwitchOver { converged: true };
         }
-        let many = seen.len() >= self.max_rounds as usize;
+        let many = seen.len() >= self.max_rounds.min(MOST_ROUNDS) as usize;
         if !many && !hopeless(seen) {
             return Decision::Continue;
         }

@@ -9,12 +9,16 @@ use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
 use super::{PAGE_BYTES, PageBitmap, Ram, Run, backing};
 use crate::patience::{Cancel, TICK};
+use crate::policy::MOST_ROUNDS;
 use crate::progress::{Progress, Stage};
 use crate::wire::{Channel, Lanes, Message, PeerError, Received, Stream, culprit};
 
 /// How many connections put what comes straight into the file behind memory: it lets in one at a
 /// time, while another takes from its socket. More would queue up there, and read into the mapping.
 const BY_FILE: usize = 2;
+
+/// More passes than any source makes. It may begin anew a few times, when a device kept it waiting.
+const ROUNDS: u32 = 10 * MOST_ROUNDS;
 
 type Slice<'a> = VolatileSlice<'a, BS<'a, vm_memory::bitmap::AtomicBitmap>>;
 
@@ -105,6 +109,9 @@ impl<'a> Passes<'a> {
                 Received::Message(Message::RoundEnd) => {
                     self.await_round(peer, progress.round.saturating_mul(lanes))?;
                     peer.send(&Message::RoundTaken)?;
+                    if progress.round == ROUNDS {
+                        return Err(peer.garbage(format!("more than {ROUNDS} passes of memory")));
+                    }
                     progress.round += 1;
                     before = self.pages.load(Ordering::Relaxed);
                 }

@@ -17,6 +17,7 @@ use crate::destination::receive;
 use crate::error::one_line;
 use crate::handover::{Handover, TakingEvent, Token, Verdict};
 use crate::patience::Cancel;
+use crate::policy::MOST_ROUNDS;
 use crate::progress::{Progress, Watch};
 use crate::ram::{PAGE, Run, layout};
 use crate::record::NoRecord;
@@ -159,6 +160,23 @@ fn a_source_that_stalls_keeps_nobody_for_ever() {
     })]);
     assert!(!ran && start.elapsed() < Duration::from_secs(10));
     assert!(error.contains("did not move for 0."), "{error}");
+}
+
+#[test]
+fn passes_without_end_are_refused() {
+    let (error, ran) = visited(vec![Box::new(|stream| {
+        let (mut peer, _) = source(stream);
+        peer.send_zero(run(0, 1)).unwrap();
+        for _ in 0..30 * MOST_ROUNDS / 100 {
+            let said = (0..100).try_for_each(|_| peer.send(&Message::RoundEnd));
+            let heard = |_| peer.receive(Duration::from_secs(10)).map(drop);
+            if said.is_err() || (0..100).try_for_each(heard).is_err() {
+                return;
+            }
+        }
+    })]);
+    assert!(!ran);
+    assert!(error.contains("more than 10000 passes"), "{error}");
 }
 
 #[test]
