@@ -15,7 +15,6 @@ use crate::guest::{Arriving, Host};
 use crate::handover::{Handover, Taking, TakingEvent, Token};
 use crate::patience::{Cancel, Patience};
 use crate::progress::Watch;
-use crate::ram::PageBitmap;
 use crate::ram::receive::Passes;
 use crate::report::{Report, Status, milliseconds};
 use crate::state::StateReader;
@@ -134,11 +133,8 @@ impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
             };
         }
         let arriving = Passes::new(guest.ram(), patience.silence, lanes.broken.clone());
-        let (told, state, rounds) = arriving.receive(peer, lanes, first.take(), watch.progress)?;
+        let (state, rounds) = arriving.receive(peer, lanes, first.take(), watch.progress)?;
         report.rounds = rounds;
-        if told != PageBitmap::full(self.guest.ram()) {
-            return Err(self.peer.garbage("only a part of the memory".into()).into());
-        }
         Ok(state)
     }
 

@@ -1,5 +1,6 @@
 //! Guest memory as pages: which ones changed, and moving them.
 
+mod arrivals;
 mod bitmap;
 mod dirty;
 mod holes;

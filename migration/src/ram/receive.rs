@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
-use super::{PAGE_BYTES, PageBitmap, Ram, Run, backing};
+use super::arrivals::Arrivals;
+use super::{PAGE_BYTES, Ram, Run, backing};
 use crate::patience::{Cancel, TICK};
 use crate::policy::MOST_ROUNDS;
 use crate::progress::{Progress, Stage};
@@ -30,6 +31,8 @@ pub(crate) struct Passes<'a> {
     broken: Cancel,
     /// How often a lane, any of them, told that a pass ends.
     rounds: AtomicU32,
+    /// The pages that came at all.
+    arrivals: Arrivals,
     /// Bytes of the guest that came.
     pages: AtomicU64,
     /// Whether the state came, behind which there is no memory.
@@ -44,20 +47,21 @@ impl<'a> Passes<'a> {
             silence,
             broken,
             rounds: AtomicU32::new(0),
+            arrivals: Arrivals::none(ram),
             pages: AtomicU64::new(0),
             ended: AtomicBool::new(false),
         }
     }
 
-    /// Receives until the state comes over `peer` and each of `lanes` has ended: gives the pages
-    /// that came at all, the state, and how many passes it took.
+    /// Receives until the state comes over `peer` and each of `lanes` has ended, by when every page
+    /// must have come: gives the state, and how many passes it took.
     pub(crate) fn receive<S: Stream>(
         &self,
         peer: &mut Channel<S>,
         lanes: &mut Lanes<S>,
         first: Option<Received>,
         watcher: &mut dyn FnMut(&Progress),
-    ) -> Result<(PageBitmap, Vec<u8>, u32), PeerError> {
+    ) -> Result<(Vec<u8>, u32), PeerError> {
         let count = u32::try_from(lanes.iter_mut().len()).expect("there are few lanes");
         scope(|threads| {
             let spawn = |(number, lane)| {
@@ -75,16 +79,13 @@ impl<'a> Passes<'a> {
             let own = own.inspect_err(|_| self.broken.cancel());
             let others = spawned.into_iter().flatten();
             let others = others.map(|lane| lane.join().expect("receiving never panics"));
-            let mut own_part = None;
-            let own = own.map(|(told, state, rounds)| {
-                own_part = Some((state, rounds));
-                told
-            });
-            let mut parts = culprit([own].into_iter().chain(others))?.into_iter();
-            let mut told = parts.next().expect("the first is the first lane's");
-            parts.for_each(|part| told.unite(&part));
-            let (state, rounds) = own_part.expect("it ended well");
-            Ok((told, state, rounds))
+            let mut whole = None;
+            let own = own.map(|received| whole = Some(received));
+            culprit([own].into_iter().chain(others))?;
+            if !self.arrivals.is_all() {
+                return Err(peer.garbage("only a part of the memory".into()));
+            }
+            Ok(whole.expect("it ended well"))
         })
     }
 
@@ -95,8 +96,7 @@ impl<'a> Passes<'a> {
         lanes: u32,
         mut first: Option<Received>,
         watcher: &mut dyn FnMut(&Progress),
-    ) -> Result<(PageBitmap, Vec<u8>, u32), PeerError> {
-        let mut told = PageBitmap::empty(self.ram);
+    ) -> Result<(Vec<u8>, u32), PeerError> {
         let mut progress = Progress { stage: Stage::Copying, round: 1, ..Progress::default() };
         let mut before = 0;
         loop {
@@ -118,9 +118,9 @@ impl<'a> Passes<'a> {
                 Received::Message(other) => return Err(peer.unexpected(&other)),
                 Received::State(state) => {
                     self.ended.store(true, Ordering::Release);
-                    return Ok((told, state, progress.round));
+                    return Ok((state, progress.round));
                 }
-                memory => self.take(peer, &memory, &mut told, true)?,
+                memory => self.take(peer, &memory, true)?,
             }
             progress.round_done = self.pages.load(Ordering::Relaxed) - before;
             progress.bytes_sent = peer.bytes();
@@ -128,13 +128,8 @@ impl<'a> Passes<'a> {
         }
     }
 
-    /// Another connection: gives the pages that came over it.
-    fn lane<S: Stream>(
-        &self,
-        peer: &mut Channel<S>,
-        by_file: bool,
-    ) -> Result<PageBitmap, PeerError> {
-        let mut told = PageBitmap::empty(self.ram);
+    /// Another connection.
+    fn lane<S: Stream>(&self, peer: &mut Channel<S>, by_file: bool) -> Result<(), PeerError> {
         let mut receive = || loop {
             // Where it has nothing to carry, only the first connection tells of a source that lives.
             while !peer.comes(self.silence)? {
@@ -149,11 +144,10 @@ impl<'a> Passes<'a> {
                 Received::Message(Message::End(totals)) if totals == peer.totals() => return Ok(()),
                 Received::Message(other) => return Err(peer.unexpected(&other)),
                 Received::State(_) => return Err(peer.garbage("state".into())),
-                memory => self.take(peer, &memory, &mut told, by_file)?,
+                memory => self.take(peer, &memory, by_file)?,
             }
         };
-        receive().inspect_err(|_| self.broken.cancel())?;
-        Ok(told)
+        receive().inspect_err(|_| self.broken.cancel())
     }
 
     /// Waits until the lanes have told `ends` times that a pass ends: nothing of it comes later.
@@ -175,7 +169,6 @@ impl<'a> Passes<'a> {
         &self,
         peer: &mut Channel<S>,
         memory: &Received,
-        told: &mut PageBitmap,
         by_file: bool,
     ) -> Result<(), PeerError> {
         let run = match *memory {
@@ -190,7 +183,7 @@ impl<'a> Passes<'a> {
             }
             Received::Message(_) | Received::State(_) => return Ok(()),
         };
-        told.insert(run.start, run.len);
+        self.arrivals.insert(run);
         self.pages.fetch_add(run.len, Ordering::Relaxed);
         Ok(())
     }
