@@ -21,6 +21,9 @@ const BY_FILE: usize = 2;
 /// More passes than any source makes. It may begin anew a few times, when a device kept it waiting.
 const ROUNDS: u32 = 10 * MOST_ROUNDS;
 
+/// After how many bytes of zeros a wish to stop is looked for.
+const HEED: usize = 1 << 20;
+
 type Slice<'a> = VolatileSlice<'a, BS<'a, vm_memory::bitmap::AtomicBitmap>>;
 
 /// Memory on its way in, pass after pass, over all connections of a migration.
@@ -190,9 +193,14 @@ impl<'a> Passes<'a> {
 }
 
 /// Makes `run` of `ram` zero. Pages that nobody wrote to are: touching them would only cost.
+///
+/// Few bytes of a peer can ask for much work here, so a wish to stop is heeded in between.
 pub(crate) fn zero<S: Stream>(peer: &Channel<S>, ram: &Ram, run: Run) -> Result<(), PeerError> {
     let memory = slice(peer, ram, run)?;
     for at in (0..memory.len()).step_by(PAGE_BYTES) {
+        if at % HEED == 0 {
+            peer.look_up()?;
+        }
         if memory.bitmap().dirty_at(at) {
             let page = memory.subslice(at, PAGE_BYTES).expect("a run is made of whole pages");
             page.copy_from(&[0; PAGE_BYTES]);
@@ -232,5 +240,18 @@ mod tests {
         let memory = ram.get_slice(GuestAddress(0), 3 * PAGE_BYTES).unwrap();
         let written = [0, 1, 2].map(|page| memory.bitmap().dirty_at(page * PAGE_BYTES));
         assert_eq!(written, [false, true, false]);
+    }
+
+    #[test]
+    fn a_wish_to_stop_is_heeded_among_zeros() {
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let cancel = Cancel::new();
+        let peer = Channel::new(stream, Duration::from_secs(1), cancel.clone()).unwrap();
+        let ram = Ram::from_ranges(&[(GuestAddress(0), 2 * HEED)]).unwrap();
+        ram.write_obj(7_u8, GuestAddress(HEED as u64)).unwrap();
+        cancel.cancel();
+        let zeroed = zero(&peer, &ram, Run { start: GuestAddress(0), len: 2 * HEED as u64 });
+        assert!(matches!(zeroed, Err(PeerError::Cancelled)), "{zeroed:?}");
+        assert_eq!(ram.read_obj::<u8>(GuestAddress(HEED as u64)).unwrap(), 7);
     }
 }

@@ -51,6 +51,7 @@ impl Damage {
             PeerError::Io { source, .. } => Self::Unreadable(source),
             PeerError::GaveUp { .. } => Self::Content { what: "a farewell".into() },
             error @ (PeerError::Stalled { .. }
+            | PeerError::Slow { .. }
             | PeerError::TooLarge { .. }
             | PeerError::Cancelled) => return error.into(),
         })

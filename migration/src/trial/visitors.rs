@@ -163,6 +163,58 @@ fn a_source_that_stalls_keeps_nobody_for_ever() {
 }
 
 #[test]
+fn a_state_that_drips_is_not_waited_for_for_ever() {
+    let (error, ran) = visited(vec![Box::new(|stream| {
+        let mut raw = stream.try_clone().unwrap();
+        let (mut peer, _) = source(stream);
+        peer.send_zero(run(0, 1)).unwrap();
+        peer.flush().unwrap();
+        raw.write_all(&Frame::State { len: 1000 }.encode()).unwrap();
+        for _ in 0..900 {
+            if raw.write_all(&[0]).is_err() {
+                return;
+            }
+            thread::sleep(Duration::from_millis(30));
+        }
+    })]);
+    assert!(!ran);
+    assert!(error.contains("was not done with the state after "), "{error}");
+}
+
+/// What a destination says that is told to stop while it meets someone who goes on with `act` for
+/// as long as it is not hung up on.
+fn stopped_at(act: fn(&mut Channel<UnixStream>) -> Result<(), PeerError>) -> String {
+    let world = Arc::<World>::default();
+    let mut host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES };
+    let (network, door) = Network::new(Limits::NONE, None);
+    let (cancel, enough) = (Cancel::new(), Instant::now() + Duration::from_secs(60));
+    let wish = cancel.clone();
+    let visitor = thread::Builder::new().spawn(move || {
+        let (mut peer, _) = source(network.visit());
+        for number in 0.. {
+            if number == 10_000 {
+                wish.cancel();
+            }
+            if Instant::now() > enough || act(&mut peer).is_err() {
+                break;
+            }
+        }
+        Instant::now() < enough
+    });
+    let watch = Watch { progress: &mut |_| {}, cancel, record: Box::new(NoRecord) };
+    let failure = receive(&mut host, door, &patience(), watch).err().unwrap();
+    assert!(visitor.unwrap().join().unwrap(), "it was listened to for as long as it spoke");
+    assert_eq!(world.runners(), (false, false));
+    one_line(&*failure)
+}
+
+#[test]
+fn a_destination_can_be_stopped_whatever_a_source_says_without_end() {
+    assert_eq!(stopped_at(|peer| peer.send(&Message::Alive)), "cancelled");
+    assert_eq!(stopped_at(|peer| peer.send_zero(run(0, LOW_PAGES))), "cancelled");
+}
+
+#[test]
 fn passes_without_end_are_refused() {
     let (error, ran) = visited(vec![Box::new(|stream| {
         let (mut peer, _) = source(stream);

@@ -20,6 +20,9 @@ use crate::state::decode_exact;
 /// The longest text that a peer may have printed here, in characters.
 const WORDS: usize = 400;
 
+/// Bytes of state per second that a peer keeps up, or it is given up.
+const STATE_RATE: usize = 1 << 20;
+
 /// A connection to a peer.
 pub struct Channel<S> {
     link: Link<S>,
@@ -247,7 +250,7 @@ impl<S: Stream> Channel<S> {
                 Ok(Received::Zero(run))
             }
             Frame::State { len } => {
-                let state = self.link.read_vec(len, None)?;
+                let state = self.read_state(len)?;
                 self.totals.state(&state, header);
                 Ok(Received::State(state))
             }
@@ -265,6 +268,26 @@ impl<S: Stream> Channel<S> {
                 }
             }
         }
+    }
+
+    /// Reads the state: every byte before the silence gets too long, and all of it in the time
+    /// that [`STATE_RATE`] takes besides.
+    fn read_state(&mut self, len: usize) -> Result<Vec<u8>, PeerError> {
+        let given = self.link.deadline;
+        let (start, limit) = (
+            Instant::now(),
+            self.link.silence + Duration::from_secs((len / STATE_RATE) as u64 + 1),
+        );
+        let due = start + limit;
+        self.link.deadline = Some(given.map_or(due, |given| given.min(due)));
+        let state = self.link.read_vec(len, None);
+        self.link.deadline = given;
+        state.map_err(|error| match error {
+            PeerError::Stalled { peer, during, .. } if Instant::now() >= due => {
+                PeerError::Slow { peer, during, what: "the state", after: start.elapsed() }
+            }
+            error => error,
+        })
     }
 
     /// Waits at most `limit` for a message.

@@ -50,6 +50,21 @@ pub enum PeerError {
         /// How long.
         after: Duration,
     },
+    /// It moves, and too slowly to be waited for.
+    #[error(
+        "the peer at {peer} was not done with {what} after {:.1} s {during}: see the network",
+        after.as_secs_f32()
+    )]
+    Slow {
+        /// Its address.
+        peer: String,
+        /// What was going on.
+        during: &'static str,
+        /// What it sent.
+        what: &'static str,
+        /// How long.
+        after: Duration,
+    },
     /// It sends what no uvmm sends.
     #[error("the peer at {peer} sent {what} {during}: use the same uvmm on both sides")]
     Garbage {

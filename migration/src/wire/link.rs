@@ -29,7 +29,7 @@ pub(super) struct Link<S> {
     pub(super) during: &'static str,
     pub(super) deadline: Option<Instant>,
     pub(super) cancel: Cancel,
-    silence: Duration,
+    pub(super) silence: Duration,
     /// What was read ahead: `input[taken..filled]`.
     input: Box<[u8]>,
     taken: usize,
