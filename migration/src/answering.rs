@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::handover::{Handover, Taking, Token, Verdict};
 use crate::patience::{Cancel, Patience, TICK};
-use crate::wire::{Channel, Listener, Message, PeerError, Stream};
+use crate::wire::{Channel, Listener, Lobby, Message, PeerError, Stream};
 
 /// Answers a source that lost its connection and asks who has the guest.
 ///
@@ -42,7 +42,10 @@ impl Answering {
         seat: Seat,
         patience: Patience,
         decided: Cancel,
-    ) -> std::io::Result<Self> {
+    ) -> std::io::Result<Self>
+    where
+        L::Stream: 'static,
+    {
         let stop = Cancel::new();
         let desk = Desk { listener, seat, patience, decided, stop: stop.clone() };
         let thread = Builder::new().name("answering".into()).spawn(move || desk.serve())?;
@@ -89,16 +92,21 @@ struct Desk<L> {
     stop: Cancel,
 }
 
-impl<L: Listener> Desk<L> {
+impl<L: Listener> Desk<L>
+where
+    L::Stream: 'static,
+{
     fn serve(&self) {
+        let limit = self.patience.running;
+        let mut lobby = Lobby::new(&self.listener, limit, limit, self.stop.clone());
         let mut until = None;
         while !self.stop.is_cancelled() && until.is_none_or(|until| Instant::now() < until) {
             if until.is_none() && matches!(self.seat.lock().state(), Taking::Running | Taking::Dead)
             {
                 until = Some(Instant::now() + self.patience.answering);
             }
-            match self.listener.accept(TICK) {
-                Ok(Some(stream)) => match self.answer(stream) {
+            match lobby.next(TICK) {
+                Ok(Some((peer, message))) => match self.answer(peer, &message) {
                     Ok(()) => {}
                     Err(error) => tracing::warn!(%error, "someone who asked was not answered"),
                 },
@@ -111,12 +119,11 @@ impl<L: Listener> Desk<L> {
         }
     }
 
-    fn answer(&self, stream: L::Stream) -> Result<(), PeerError> {
+    /// Waits for nobody who does not know the name of a migration.
+    fn answer(&self, mut peer: Channel<L::Stream>, message: &Message) -> Result<(), PeerError> {
         let limit = self.patience.running;
-        let mut peer = Channel::new(stream, limit, self.stop.clone())?;
-        peer.answer_greeting(limit)?;
         let own = self.seat.lock().token();
-        match peer.receive_message(limit)? {
+        match *message {
             Message::Query(token) if token == own => {
                 let verdict = self.decide(&mut self.seat.lock());
                 if say(&mut peer, verdict, token, limit)? {
@@ -133,7 +140,7 @@ impl<L: Listener> Desk<L> {
                 peer.give_up("a guest has arrived here already: choose another destination");
                 Ok(())
             }
-            other => Err(peer.unexpected(&other)),
+            _ => Err(peer.unexpected(message)),
         }
     }
 

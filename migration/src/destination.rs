@@ -77,7 +77,10 @@ struct Outcome {
 }
 
 impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
-    fn run<L: Listener + 'static>(mut self, listener: L) -> Result<Arrived<G>, Box<Failure>> {
+    fn run<L: Listener + 'static>(mut self, listener: L) -> Result<Arrived<G>, Box<Failure>>
+    where
+        L::Stream: 'static,
+    {
         let mut outcome = Outcome::default();
         let arrived = self.take_in(listener, &mut outcome);
         let Outcome { mut report, answering } = outcome;
@@ -106,7 +109,10 @@ impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
         &mut self,
         listener: L,
         outcome: &mut Outcome,
-    ) -> Result<(), Error> {
+    ) -> Result<(), Error>
+    where
+        L::Stream: 'static,
+    {
         let state = self.memory(&mut outcome.report)?;
         let stopped = Instant::now();
         self.end()?;
@@ -160,7 +166,10 @@ impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
         &mut self,
         listener: L,
         answering: &mut Option<Answering>,
-    ) -> Result<Seat, Error> {
+    ) -> Result<Seat, Error>
+    where
+        L::Stream: 'static,
+    {
         let mut handover = Handover::taking(self.token, self.watch.take_record());
         handover.advance(TakingEvent::Loaded).map_err(Error::Record)?;
         let (seat, decided) = (Seat::new(handover), Cancel::new());

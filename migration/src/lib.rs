@@ -116,16 +116,18 @@
 //! it a guest, and whoever can read the wire reads the guest's memory. That is for the network to
 //! prevent.
 //!
-//! Either side may end it with GAVE UP and a reason. Every wait is bounded by [`patience`]. What a
+//! Either side may end it with GAVE UP and a reason. Every wait is bounded by [`patience`]; whoever
+//! connects and says nothing keeps nobody else waiting. What a
 //! peer sends is not trusted: lengths are checked before they are believed, addresses before they
 //! are used, texts before they are printed. Messages carry a checksum, since one wrong bit could
 //! turn one answer into the other; the headers of memory and all state are summed up in END, and
 //! each frame of memory carries a sum of its content if that is wished. What is packed unpacks to
 //! the size that its header tells, or not at all.
 //!
-//! The same on one page, with every message: `docs/protocol.md`. What is on the wire: [`wire`]. How state becomes bytes: [`state`]. Which pages to send:
-//! [`ram`]. What two machines must have in common: [`compat`]. Who does what when, and how it is
-//! taken back: [`plan`]. When to stop copying: [`policy`].
+//! The same on one page, with every message: `docs/protocol.md`. What is on the wire: [`wire`]. How
+//! state becomes bytes: [`state`]. Which pages to send: [`ram`]. What two machines must have in
+//! common: [`compat`]. Who does what when, and how it is taken back: [`plan`]. When to stop copying:
+//! [`policy`].
 #![forbid(unsafe_code)]
 
 mod answering;

@@ -247,7 +247,8 @@ impl Stream for Script {
     }
 }
 
-/// Where scripts arrive one after the other; then nobody will.
+/// Where scripts arrive: the next once one that came before it got a name for the migration, or
+/// ended. Then nobody will.
 pub(super) struct Door {
     scripts: Mutex<VecDeque<Script>>,
     known: Arc<Known>,
@@ -263,13 +264,15 @@ impl Listener for Door {
     type Stream = Script;
 
     fn accept(&self, _: Duration) -> io::Result<Option<Script>> {
-        let script = self.scripts.lock().expect("nobody panics with it").pop_front();
-        if script.is_none() {
-            if self.known.open.load(Ordering::SeqCst) == 0 {
-                return Err(io::ErrorKind::NotConnected.into());
-            }
-            std::thread::sleep(Duration::from_millis(1));
+        let mut scripts = self.scripts.lock().expect("nobody panics with it");
+        let open = self.known.open.load(Ordering::SeqCst);
+        if open == 0 {
+            return Err(io::ErrorKind::NotConnected.into());
         }
-        Ok(script)
+        if self.known.name.get().is_some() || open == scripts.len() {
+            return Ok(scripts.pop_front());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+        Ok(None)
     }
 }

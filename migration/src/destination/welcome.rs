@@ -13,7 +13,7 @@ use crate::patience::{Patience, TICK};
 use crate::progress::Watch;
 use crate::ram::{self, shared};
 use crate::wire::{
-    Channel, Door, Lanes, Listener, MOST_STREAMS, Message, PeerError, Received, Stream,
+    Channel, Door, Lanes, Listener, Lobby, MOST_STREAMS, Message, PeerError, Received, Said, Stream,
 };
 
 /// How many mismatches are told at most.
@@ -25,10 +25,15 @@ pub(super) fn welcome<'a, 'w, H: Host, L: Listener>(
     listener: &L,
     patience: &'a Patience,
     watch: &'a mut Watch<'w>,
-) -> Result<Arrival<'a, 'w, L::Stream, H::Guest>, Error> {
+) -> Result<Arrival<'a, 'w, L::Stream, H::Guest>, Error>
+where
+    L::Stream: 'static,
+{
+    let Patience { greeting, silence, .. } = *patience;
+    let mut lobby = Lobby::new(listener, greeting, silence, watch.cancel.clone());
     loop {
-        let stream = connection(listener, watch)?;
-        match meet(host, stream, listener, patience, watch) {
+        let said = someone(&mut lobby, watch)?;
+        match meet(host, said, &mut lobby, patience, watch) {
             Ok(Some(Met { peer, lanes, guest, token, first, shared })) => {
                 return Ok(Arrival {
                     peer,
@@ -48,13 +53,19 @@ pub(super) fn welcome<'a, 'w, H: Host, L: Listener>(
     }
 }
 
-fn connection<L: Listener>(listener: &L, watch: &Watch<'_>) -> Result<L::Stream, Error> {
+fn someone<L: Listener>(
+    lobby: &mut Lobby<'_, L>,
+    watch: &Watch<'_>,
+) -> Result<Said<L::Stream>, Error>
+where
+    L::Stream: 'static,
+{
     loop {
         if watch.cancel.is_cancelled() {
             return Err(watch.cancel.error());
         }
-        if let Some(stream) = listener.accept(TICK).map_err(Error::Listen)? {
-            return Ok(stream);
+        if let Some(said) = lobby.next(TICK).map_err(Error::Listen)? {
+            return Ok(said);
         }
     }
 }
@@ -71,19 +82,19 @@ struct Met<S, G> {
     shared: bool,
 }
 
-/// One connection: a guest that begins to flow, or nothing.
+/// Someone and what they want: a guest that begins to flow, or nothing.
 fn meet<H: Host, L: Listener>(
     host: &mut H,
-    stream: L::Stream,
-    listener: &L,
+    (mut peer, message): Said<L::Stream>,
+    lobby: &mut Lobby<'_, L>,
     patience: &Patience,
     watch: &Watch<'_>,
-) -> Result<Option<MetAt<L, H>>, Error> {
-    let mut peer = Channel::new(stream, patience.silence, watch.cancel.clone())?;
-    peer.answer_greeting(patience.greeting)?;
-    let Some(Asked { offer, dry_run, streams, memory }) = asked(&mut peer, patience, watch)? else {
-        return Ok(None);
-    };
+) -> Result<Option<MetAt<L, H>>, Error>
+where
+    L::Stream: 'static,
+{
+    let asked = asked(&mut peer, message, patience, watch)?;
+    let Some(Asked { offer, dry_run, streams, memory }) = asked else { return Ok(None) };
     let shared = memory.is_some();
     let guest = match prepare(host, &offer, memory) {
         Ok(guest) => guest,
@@ -99,7 +110,7 @@ fn meet<H: Host, L: Listener>(
     if dry_run {
         return Ok(None);
     }
-    let door = Door { listener, token, cancel: &watch.cancel, silence: patience.silence };
+    let door = Door { lobby, token, cancel: &watch.cancel };
     let lanes = door.admit(&mut peer, streams, patience.greeting)?;
     let first = match first(&mut peer, patience) {
         Err(PeerError::Cancelled) => {
@@ -143,15 +154,15 @@ struct Asked {
     memory: Option<File>,
 }
 
-/// What whoever connected wants: nothing if it was answered.
+/// What whoever connected wants, who said `message` first: nothing if it was answered.
 fn asked<S: Stream>(
     peer: &mut Channel<S>,
+    mut message: Message,
     patience: &Patience,
     watch: &Watch<'_>,
 ) -> Result<Option<Asked>, Error> {
     peer.now("before it made an offer");
     let mut memory = None;
-    let mut message = peer.receive_message(patience.greeting)?;
     if message == Message::Share {
         if !peer.is_local() {
             peer.give_up("memory is shared only over a Unix socket");

@@ -8,19 +8,20 @@ use std::time::{Duration, Instant};
 
 use vm_memory::GuestAddress;
 
-use super::fake::{FakeHost, Fault, LOW_PAGES, World, ram};
-use super::journeys::patience;
-use super::network::{Limits, Network};
+use super::fake::{FakeGuest, FakeHost, Fault, LOW_PAGES, World, ram};
+use super::journeys::{options, patience};
+use super::network::{Door, Limits, Network};
 use crate::answering::{Answering, Seat};
 use crate::compat::{Offer, Profile, Rule};
 use crate::destination::receive;
 use crate::error::one_line;
 use crate::handover::{Handover, TakingEvent, Token, Verdict};
-use crate::patience::Cancel;
+use crate::patience::{Cancel, Patience};
 use crate::policy::MOST_ROUNDS;
 use crate::progress::{Progress, Watch};
 use crate::ram::{PAGE, Run, layout};
 use crate::record::NoRecord;
+use crate::source::{Options, send};
 use crate::wire::{Channel, Frame, Hello, Message, PeerError, Totals};
 
 /// What a destination says that meets each of `acts` in turn, and then is told to stop.
@@ -245,14 +246,76 @@ fn a_wrong_checksum_of_memory_is_noticed() {
     assert!(error.contains("memory with a wrong checksum"), "{error}");
 }
 
+/// A destination that is ready, over `network`, and whether it was decided that it gets nothing.
+fn ready(token: Token, door: Door, patience: Patience) -> (Answering, Cancel) {
+    let mut handover = Handover::taking(token, Box::new(NoRecord));
+    handover.advance(TakingEvent::Loaded).unwrap();
+    let decided = Cancel::new();
+    let desk = Answering::start(door, Seat::new(handover), patience, decided.clone());
+    (desk.unwrap(), decided)
+}
+
+/// Many who connect and say nothing, or no more than who they are.
+fn strangers(network: &Network, count: usize) -> Vec<UnixStream> {
+    let visit = |number| {
+        let mut stream = network.visit();
+        if number % 2 == 1 {
+            stream.write_all(&Hello::OURS.encode()).unwrap();
+        }
+        stream
+    };
+    (0..count).map(visit).collect()
+}
+
+#[test]
+fn strangers_who_say_nothing_keep_nobody_from_asking() {
+    for count in [12, 100] {
+        let patience = Patience { running: Duration::from_secs(60), ..patience() };
+        let (token, (network, door)) = (Token::random().unwrap(), Network::new(Limits::NONE, None));
+        let (desk, decided) = ready(token, door, patience);
+        let _strangers = strangers(&network, count);
+        let second = Duration::from_secs(1);
+        let mut peer = Channel::new(network.visit(), 30 * second, Cancel::new()).unwrap();
+        peer.greet(30 * second).unwrap();
+        peer.send(&Message::Query(token)).unwrap();
+        let answer = peer.receive_message(30 * second).unwrap();
+        assert_eq!(answer, Message::Answer(Verdict::Refused));
+        assert!(decided.is_cancelled());
+        peer.send(&Message::Done(token)).unwrap();
+        desk.wait();
+    }
+}
+
+#[test]
+fn strangers_who_say_nothing_keep_no_guest_from_coming() {
+    let world = Arc::<World>::default();
+    let mut guest = FakeGuest::new(&world, Fault::None);
+    let mut host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES };
+    let (mut network, door) = Network::over(5, (0, Limits::NONE), None);
+    let mut options = Options { streams: 5, ..options() };
+    options.patience.greeting = Duration::from_secs(40);
+    let waits = options.patience;
+    let mut idle = strangers(&network, 12);
+    let there = thread::Builder::new().spawn(move || {
+        let progress = &mut |_: &Progress| {};
+        let watch = Watch { progress, cancel: Cancel::new(), record: Box::new(NoRecord) };
+        receive(&mut host, door, &waits, watch).map(drop)
+    });
+    let connect = || {
+        idle.extend(strangers(&network, 4));
+        network.connect()
+    };
+    let watch = Watch { progress: &mut |_| {}, cancel: Cancel::new(), record: Box::new(NoRecord) };
+    send(&mut guest, connect, &options, watch).unwrap();
+    there.unwrap().join().unwrap().unwrap();
+    assert_eq!(world.runners(), (false, true));
+}
+
 #[test]
 fn a_busy_destination_says_so() {
     let token = Token::random().unwrap();
-    let mut handover = Handover::taking(token, Box::new(NoRecord));
-    handover.advance(TakingEvent::Loaded).unwrap();
     let (network, door) = Network::new(Limits::NONE, None);
-    let decided = Cancel::new();
-    let desk = Answering::start(door, Seat::new(handover), patience(), decided.clone()).unwrap();
+    let (desk, decided) = ready(token, door, patience());
     let greeted = || {
         let mut peer =
             Channel::new(network.visit(), Duration::from_secs(1), Cancel::new()).unwrap();

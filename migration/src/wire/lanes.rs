@@ -12,7 +12,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Channel, Listener, Message, PeerError, Stream, Totals};
+use super::{Channel, Listener, Lobby, Message, PeerError, Said, Stream, Totals};
 use crate::error::Error;
 use crate::handover::{Token, Verdict};
 use crate::patience::{Cancel, TICK};
@@ -106,18 +106,19 @@ impl<S: Stream> Lanes<S> {
 }
 
 /// At the destination: whoever connects, until all lanes of a migration have joined.
-pub(crate) struct Door<'a, L> {
-    pub(crate) listener: &'a L,
+pub(crate) struct Door<'a, 'l, L: Listener> {
+    pub(crate) lobby: &'a mut Lobby<'l, L>,
     pub(crate) token: Token,
     pub(crate) cancel: &'a Cancel,
-    /// For a byte of a lane.
-    pub(crate) silence: Duration,
 }
 
-impl<L: Listener> Door<'_, L> {
+impl<L: Listener> Door<'_, '_, L>
+where
+    L::Stream: 'static,
+{
     /// Waits at most `limit` until `streams` connections, `first` included, are there.
     pub(crate) fn admit(
-        &self,
+        self,
         first: &mut Channel<L::Stream>,
         streams: u8,
         limit: Duration,
@@ -132,8 +133,8 @@ impl<L: Listener> Door<'_, L> {
             if start.elapsed() >= limit {
                 return Err(first.stalled(start.elapsed()).into());
             }
-            if let Some(stream) = self.listener.accept(TICK).map_err(Error::Listen)?
-                && let Err(error) = self.seat(stream, &mut seats, limit / 4)
+            if let Some(said) = self.lobby.next(TICK).map_err(Error::Listen)?
+                && let Err(error) = self.seat(said, &mut seats)
             {
                 tracing::warn!(%error, "someone who is no part of the migration connected");
             }
@@ -147,14 +148,10 @@ impl<L: Listener> Door<'_, L> {
     /// One connection: a lane that takes its seat, or nothing.
     fn seat(
         &self,
-        stream: L::Stream,
+        (mut peer, message): Said<L::Stream>,
         seats: &mut [Option<Channel<L::Stream>>],
-        limit: Duration,
     ) -> Result<(), PeerError> {
-        let mut peer = Channel::new(stream, self.silence, self.cancel.clone())?;
-        peer.answer_greeting(limit)?;
-        peer.now("before it joined");
-        let lane = match peer.receive_message(limit)? {
+        let lane = match message {
             Message::Join { token, lane } if token == self.token => usize::from(lane),
             Message::Join { .. } => {
                 peer.give_up("no migration of that name is known here");
