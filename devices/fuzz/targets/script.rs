@@ -269,10 +269,11 @@ impl Listener for Door {
         if open == 0 {
             return Err(io::ErrorKind::NotConnected.into());
         }
-        if self.known.name.get().is_some() || open == scripts.len() {
-            return Ok(scripts.pop_front());
+        let named = self.known.name.get().is_some();
+        let next = if named || open == scripts.len() { scripts.pop_front() } else { None };
+        if next.is_none() {
+            std::thread::sleep(Duration::from_millis(1));
         }
-        std::thread::sleep(Duration::from_millis(1));
-        Ok(None)
+        Ok(next)
     }
 }
