@@ -1,5 +1,6 @@
 //! Frames to pages. What a peer says about addresses is not trusted.
 
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::{self, Builder, scope};
 use std::time::{Duration, Instant};
@@ -14,15 +15,30 @@ use crate::policy::MOST_ROUNDS;
 use crate::progress::{Progress, Stage};
 use crate::wire::{Channel, Lanes, Message, PeerError, Received, Stream, culprit};
 
-/// How many connections put what comes straight into the file behind memory: it lets in one at a
-/// time, while another takes from its socket. More would queue up there, and read into the mapping.
-const BY_FILE: usize = 2;
-
 /// More passes than any source makes. It may begin anew a few times, when a device kept it waiting.
 const ROUNDS: u32 = 10 * MOST_ROUNDS;
 
 /// After how many bytes of zeros a wish to stop is looked for.
 const HEED: usize = 1 << 20;
+
+/// How what comes gets into memory. A file lets in one at a time, so one connection has it and the
+/// others need not wait there.
+#[derive(Clone, Copy)]
+enum Way {
+    /// Straight into the file behind memory, which makes its pages of what comes.
+    File,
+    /// Into the mapping, whose pages are made first.
+    Mapping,
+}
+
+impl Way {
+    fn backing(self, ram: &Ram, run: Run) -> Option<(&File, u64)> {
+        match self {
+            Self::File => backing(ram, run.start),
+            Self::Mapping => None,
+        }
+    }
+}
 
 type Slice<'a> = VolatileSlice<'a, BS<'a, vm_memory::bitmap::AtomicBitmap>>;
 
@@ -67,11 +83,11 @@ impl<'a> Passes<'a> {
     ) -> Result<(Vec<u8>, u32), PeerError> {
         let count = u32::try_from(lanes.iter_mut().len()).expect("there are few lanes");
         scope(|threads| {
-            let spawn = |(number, lane)| {
+            let spawn = |lane| {
                 let thread = Builder::new().name("lane".into());
-                thread.spawn_scoped(threads, move || self.lane(lane, number < BY_FILE))
+                thread.spawn_scoped(threads, move || self.lane(lane))
             };
-            let spawned: Result<Vec<_>, _> = (1..).zip(lanes.iter_mut()).map(spawn).collect();
+            let spawned: Result<Vec<_>, _> = lanes.iter_mut().map(spawn).collect();
             let own = match &spawned {
                 Ok(_) => self.first_lane(peer, count, first, watcher),
                 Err(error) => {
@@ -123,7 +139,7 @@ impl<'a> Passes<'a> {
                     self.ended.store(true, Ordering::Release);
                     return Ok((state, progress.round));
                 }
-                memory => self.take(peer, &memory, true)?,
+                memory => self.take(peer, &memory, Way::File)?,
             }
             progress.round_done = self.pages.load(Ordering::Relaxed) - before;
             progress.bytes_sent = peer.bytes();
@@ -132,7 +148,7 @@ impl<'a> Passes<'a> {
     }
 
     /// Another connection.
-    fn lane<S: Stream>(&self, peer: &mut Channel<S>, by_file: bool) -> Result<(), PeerError> {
+    fn lane<S: Stream>(&self, peer: &mut Channel<S>) -> Result<(), PeerError> {
         let mut receive = || loop {
             // Where it has nothing to carry, only the first connection tells of a source that lives.
             while !peer.comes(self.silence)? {
@@ -147,7 +163,7 @@ impl<'a> Passes<'a> {
                 Received::Message(Message::End(totals)) if totals == peer.totals() => return Ok(()),
                 Received::Message(other) => return Err(peer.unexpected(&other)),
                 Received::State(_) => return Err(peer.garbage("state".into())),
-                memory => self.take(peer, &memory, by_file)?,
+                memory => self.take(peer, &memory, Way::Mapping)?,
             }
         };
         receive().inspect_err(|_| self.broken.cancel())
@@ -172,11 +188,11 @@ impl<'a> Passes<'a> {
         &self,
         peer: &mut Channel<S>,
         memory: &Received,
-        by_file: bool,
+        way: Way,
     ) -> Result<(), PeerError> {
         let run = match *memory {
             Received::Ram { run, checked, packed } => {
-                let file = if by_file { backing(self.ram, run.start) } else { None };
+                let file = way.backing(self.ram, run);
                 peer.read_ram(&slice(peer, self.ram, run)?, file, checked, packed)?;
                 run
             }
