@@ -66,18 +66,18 @@ impl Run<'_> {
         Ok(parts)
     }
 
-    /// Runs a program, and again in another lab host if that ends.
+    /// Runs a program, and again in another lab host if that ends or stands still.
     fn program(&self, lab: &mut Lab, program: &Path) -> Result<Part> {
         for _ in 0..tries(Nesting::here()) {
             match self.attempt(lab, program) {
                 Ok(part) => return Ok(part),
                 Err(error) => {
-                    println!("lab: the lab host that ran {} ended: {error}", name(program));
+                    println!("lab: a lab host is of no use to {} any more: {error}", name(program));
                     *lab = Lab::boot(self.artefacts)?;
                 }
             }
         }
-        Ok(Part::inside(&name(program), false, Duration::ZERO, "the lab host ended"))
+        Ok(Part::inside(&name(program), false, Duration::ZERO, "no lab host saw its end"))
     }
 
     fn attempt(&self, lab: &mut Lab, program: &Path) -> Result<Part> {
@@ -100,8 +100,7 @@ impl Run<'_> {
             Ok(())
         })?;
         let agrees = |part: &Part| part.passed() == (status == 0);
-        let ended = || Part::inside(&name(program), false, Duration::ZERO, "came to no end");
-        Ok(told.filter(agrees).unwrap_or_else(ended))
+        told.filter(agrees).ok_or_else(|| Error::Timeout("it came to no end there".into()))
     }
 }
 
