@@ -3,6 +3,7 @@
 mod asking;
 mod bend;
 mod devices;
+mod disguise;
 mod fake;
 mod faults;
 mod journeys;

@@ -5,15 +5,11 @@
 
 use std::fs;
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
-use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
-
+use super::disguise::Disguised;
 use super::fake::{FakeArrival, FakeGuest, FakeHost, Fault, LOW_PAGES, World, content};
 use super::network::{Limits, Network};
 use crate::destination::{Arrived, receive};
@@ -23,7 +19,7 @@ use crate::progress::Watch;
 use crate::record::NoRecord;
 use crate::snapshot::{Afterwards, restore, save};
 use crate::source::{Options, send};
-use crate::wire::{Channel, Compression, Hello, Message, Stream, VERSIONS};
+use crate::wire::{Channel, Compression, Hello, Message, VERSIONS};
 
 /// How often the fake guest had counted when it was recorded.
 const COUNT: u64 = 41;
@@ -117,80 +113,27 @@ fn snapshots_of_every_version_are_read() {
     }
 }
 
-/// A connection of which is kept what the source says.
-struct Tapped {
-    stream: UnixStream,
-    /// What the source hears of the destination's versions, until it has.
-    hears: Option<Hello>,
-    said: Arc<Mutex<Vec<u8>>>,
-}
-
-impl Read for Tapped {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let Some(hello) = self.hears.take() else { return self.stream.read(bytes) };
-        let hello = hello.encode();
-        self.stream.read_exact(&mut bytes[..hello.len()])?;
-        bytes[..hello.len()].copy_from_slice(&hello);
-        Ok(hello.len())
-    }
-}
-
-impl Write for Tapped {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.stream.write(bytes)?;
-        self.said.lock().unwrap().extend(&bytes[..written]);
-        Ok(written)
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl ReadVolatile for Tapped {
-    fn read_volatile<B: BitmapSlice>(
-        &mut self,
-        _: &mut VolatileSlice<'_, B>,
-    ) -> Result<usize, VolatileMemoryError> {
-        unreachable!("a source receives no memory")
-    }
-}
-
-impl WriteVolatile for Tapped {
-    fn write_volatile<B: BitmapSlice>(
-        &mut self,
-        memory: &VolatileSlice<'_, B>,
-    ) -> Result<usize, VolatileMemoryError> {
-        let mut bytes = vec![0; memory.len()];
-        memory.copy_to(&mut bytes);
-        self.write(&bytes).map_err(VolatileMemoryError::IOError)
-    }
-}
-
-impl Stream for Tapped {
-    fn set_timeout(&self, limit: Duration) -> io::Result<()> {
-        self.stream.set_timeout(limit)
-    }
-    fn peer(&self) -> String {
-        "a destination that is listened to".into()
-    }
-}
-
 /// What a source says that speaks no newer `version`, up to END.
 fn stream(version: u16) -> Vec<u8> {
-    let hello = Hello { versions: (VERSIONS.0, version) };
+    let versions = (VERSIONS.0, version);
     let world = Arc::<World>::default();
     let (network, door) = Network::new(Limits::NONE, None);
     let mut host = host(&world);
     let destination = thread::Builder::new()
         .spawn(move || watched(|watch| receive(&mut host, door, &Patience::default(), watch)));
-    let said = Arc::<Mutex<Vec<u8>>>::default();
-    let connect = || Ok(Tapped { stream: network.visit(), hears: Some(hello), said: said.clone() });
+    let mut said = None;
+    let connect = || {
+        let stream = Disguised::new(network.visit(), [versions; 2]);
+        said = Some(stream.said());
+        Ok(stream)
+    };
     let mut guest = FakeGuest::new(&world, Fault::None);
     let options = Options { checked: true, compression: Compression::Lz4, ..Options::default() };
     watched(|watch| send(&mut guest, connect, &options, watch)).unwrap();
     destination.unwrap().join().unwrap().unwrap();
+    let said = said.unwrap();
     let said = said.lock().unwrap();
-    by(hello, &said[..said.len() - COMMIT_BYTES - DONE_BYTES])
+    said[..said.len() - COMMIT_BYTES - DONE_BYTES].to_vec()
 }
 
 /// What a source writes into a file that speaks no newer `version`.
@@ -202,13 +145,9 @@ fn snapshot(version: u16) -> Vec<u8> {
     let mut bytes = Vec::new();
     file.rewind().unwrap();
     file.read_to_end(&mut bytes).unwrap();
-    by(Hello { versions: (VERSIONS.0, version) }, &bytes)
-}
-
-/// What was said, under another greeting.
-fn by(hello: Hello, said: &[u8]) -> Vec<u8> {
-    let hello = hello.encode();
-    [&hello, &said[hello.len()..]].concat()
+    let hello = Hello { versions: (VERSIONS.0, version) }.encode();
+    bytes[..hello.len()].copy_from_slice(&hello);
+    bytes
 }
 
 #[test]

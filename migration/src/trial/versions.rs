@@ -1,16 +1,11 @@
 //! Builds of other versions, and what only some of them know.
 
-use std::io::{self, Read, Write};
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
-use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{
-    Bytes, GuestAddress, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile,
-};
+use vm_memory::{Bytes, GuestAddress};
 
+use super::disguise::Disguised;
 use super::fake::{FakeGuest, FakeHost, Fault, World, content};
 use super::journeys::options;
 use super::network::{Limits, Network};
@@ -22,63 +17,7 @@ use crate::ram::PAGE;
 use crate::record::NoRecord;
 use crate::report::Report;
 use crate::source::{Options, send};
-use crate::wire::{Compression, Hello, Stream, VERSIONS};
-
-/// The source's end of a connection on which each side takes the other for another build.
-struct Disguised {
-    stream: UnixStream,
-    /// What each side hears of the other's versions: the source, and the destination.
-    hear: [Option<(u16, u16)>; 2],
-}
-
-impl Read for Disguised {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let Some(versions) = self.hear[0].take() else { return self.stream.read(bytes) };
-        let hello = Hello { versions }.encode();
-        let bytes = &mut bytes[..hello.len()];
-        self.stream.read_exact(bytes)?;
-        bytes.copy_from_slice(&hello);
-        Ok(hello.len())
-    }
-}
-
-impl Write for Disguised {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let Some(versions) = self.hear[1].take() else { return self.stream.write(bytes) };
-        self.stream.write_all(&Hello { versions }.encode())?;
-        Ok(Hello::OURS.encode().len())
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl ReadVolatile for Disguised {
-    fn read_volatile<B: BitmapSlice>(
-        &mut self,
-        _: &mut VolatileSlice<'_, B>,
-    ) -> Result<usize, VolatileMemoryError> {
-        unreachable!("a source receives no memory")
-    }
-}
-
-impl WriteVolatile for Disguised {
-    fn write_volatile<B: BitmapSlice>(
-        &mut self,
-        memory: &VolatileSlice<'_, B>,
-    ) -> Result<usize, VolatileMemoryError> {
-        self.stream.write_volatile(memory)
-    }
-}
-
-impl Stream for Disguised {
-    fn set_timeout(&self, limit: Duration) -> io::Result<()> {
-        self.stream.set_timeout(limit)
-    }
-    fn peer(&self) -> String {
-        "another build".into()
-    }
-}
+use crate::wire::{Compression, VERSIONS};
 
 const PAGES: u64 = 600;
 
@@ -103,7 +42,7 @@ fn moved_to(fault: Fault, hear: [(u16, u16); 2], options: &Options) -> Result<Re
         let (progress, cancel) = (&mut |_: &Progress| {}, waits);
         receive(&mut host, door, &patience, Watch { progress, cancel, record: Box::new(NoRecord) })
     });
-    let connect = || Ok(Disguised { stream: network.visit(), hear: hear.map(Some) });
+    let connect = || Ok(Disguised::new(network.visit(), hear));
     let mut begun = false;
     let progress = &mut |now: &Progress| begun |= now.stage != Stage::Preparing;
     let watch = Watch { progress, cancel: Cancel::new(), record: Box::new(NoRecord) };
