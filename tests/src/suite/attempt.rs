@@ -81,6 +81,16 @@ pub(super) fn tests(program: &Path, filter: Option<&str>) -> Result<Vec<String>>
 /// # Errors
 /// If the program cannot be run, or the test comes to no end.
 pub(super) fn run(program: &Path, test: &str, tries: u8, show: impl Fn(&str)) -> Result<Outcome> {
+    run_within(LIMIT, program, test, tries, show)
+}
+
+fn run_within(
+    limit: Duration,
+    program: &Path,
+    test: &str,
+    tries: u8,
+    show: impl Fn(&str),
+) -> Result<Outcome> {
     let seed = tier::seed().to_string();
     for attempt in 1..=tries {
         if attempt > 1 {
@@ -94,7 +104,7 @@ pub(super) fn run(program: &Path, test: &str, tries: u8, show: impl Fn(&str)) ->
         command.stdin(Stdio::null()).stderr(writer.try_clone().context(cannot)?).stdout(writer);
         let since = Instant::now();
         let mut child = command.process_group(0).spawn().context(cannot)?;
-        let _in_time = end_after(LIMIT, &child)?;
+        let _in_time = end_after(limit, &child)?;
         // It holds the pipe's other end too, and the lines would never end.
         drop(command);
         let mut skipped = false;
@@ -110,8 +120,8 @@ pub(super) fn run(program: &Path, test: &str, tries: u8, show: impl Fn(&str)) ->
         if status.success() && !skipped {
             return Ok(Outcome::Passed(attempt));
         }
-        if since.elapsed() >= LIMIT {
-            return Err(Error::Timeout(format!("{test} came to no end in {LIMIT:.0?}")));
+        if since.elapsed() >= limit {
+            return Err(Error::Timeout(format!("{test} came to no end in {limit:.0?}")));
         }
     }
     Ok(Outcome::Failed)
@@ -202,6 +212,16 @@ mod tests {
         let _in_time = end_after(Duration::from_millis(10), &child).unwrap();
         let ends = BufReader::new(child.stdout.take().unwrap()).lines().count();
         assert_eq!((ends, child.wait().unwrap().success()), (0, false));
+    }
+
+    #[test]
+    fn a_test_that_comes_to_no_end_is_not_tried_again_here() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = script(dir.path(), "sleep 600");
+        let endless = run_within(Duration::from_millis(10), &program, "endless", 2, |line| {
+            panic!("{line}");
+        });
+        assert!(matches!(endless, Err(Error::Timeout(_))), "{endless:?}");
     }
 
     #[test]
