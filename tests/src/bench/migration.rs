@@ -76,20 +76,20 @@ fn middle(runs: &[Run], of: impl Fn(&Run) -> f64) -> f64 {
 }
 
 /// How long, and how it ended.
-fn time(runs: &[Run], name: &str, of: impl Fn(&Run) -> Journey) -> Row {
-    let ended = Some(ends(runs.iter().map(|run| of(run).end)));
+fn time(runs: &[Run], name: &str, of: impl Fn(&Run) -> &Journey) -> Row {
+    let ended = Some(ends(runs.iter().map(|run| &of(run).end)));
     Row { ended, ..figure(name, middle(runs, |run| of(run).seconds), "s") }
 }
 
 fn speed(runs: &[Run]) -> Vec<Row> {
-    let time = |name, of: fn(&Run) -> Journey| time(runs, name, of);
+    let time = |name, of: fn(&Run) -> &Journey| time(runs, name, of);
     let figure = |name: &str, of: fn(&Run) -> f64| figure(name, middle(runs, of), "s");
     vec![
-        time("1 GiB, uvmm, 2 streams", |run| run.uvmm),
-        time("1 GiB, QEMU, multifd, 2 channels", |run| run.qemu),
+        time("1 GiB, uvmm, 2 streams", |run| &run.uvmm),
+        time("1 GiB, QEMU, multifd, 2 channels", |run| &run.qemu),
         figure("1 GiB, sockets alone, 2 streams", |run| run.raw[1]),
-        time("1 GiB, uvmm, 1 stream", |run| run.uvmm_single),
-        time("1 GiB, QEMU, 1 stream", |run| run.qemu_single),
+        time("1 GiB, uvmm, 1 stream", |run| &run.uvmm_single),
+        time("1 GiB, QEMU, 1 stream", |run| &run.qemu_single),
         figure("1 GiB, sockets alone, 1 stream", |run| run.raw[0]),
         at_most(
             0.6,
@@ -131,8 +131,10 @@ fn stops(runs: &[Run]) -> Vec<Row> {
 }
 
 fn rest(runs: &[Run]) -> Vec<Row> {
-    let ours = |run: &Run| [run.uvmm, run.uvmm_single, run.sparse, run.checked, run.busy];
-    let growth = |run: &Run| ours(run).iter().map(|j| j.growth_mib).fold(0.0, f64::max);
+    let ours = |run: &Run| {
+        [&run.uvmm, &run.uvmm_single, &run.sparse, &run.checked, &run.busy].map(|j| j.growth_mib)
+    };
+    let growth = |run: &Run| ours(run).into_iter().fold(0.0, f64::max);
     let busy = |name: &str, of: fn(&Run) -> f64| figure(name, middle(runs, of), "ms");
     vec![
         at_most(
@@ -154,9 +156,9 @@ fn rest(runs: &[Run]) -> Vec<Row> {
             "ms",
         ),
         busy("64 MiB rewritten: downtime, QEMU multifd", |run| run.qemu_busy.downtime_ms),
-        time(runs, "64 MiB rewritten: time, uvmm", |run| run.busy),
-        time(runs, "64 MiB rewritten: time, uvmm, dirty rings", |run| run.ring_busy),
-        time(runs, "64 MiB rewritten: time, QEMU multifd", |run| run.qemu_busy),
+        time(runs, "64 MiB rewritten: time, uvmm", |run| &run.busy),
+        time(runs, "64 MiB rewritten: time, uvmm, dirty rings", |run| &run.ring_busy),
+        time(runs, "64 MiB rewritten: time, QEMU multifd", |run| &run.qemu_busy),
     ]
 }
 

@@ -13,7 +13,7 @@ use super::pulse::{self, Place, SEED, Seen};
 use super::qmp::Qmp;
 use crate::error::{Context, Error, Result, reading, writing};
 use crate::program;
-use crate::vm::{Outcome, Report, Uvmm, free_address};
+use crate::vm::{Report, Uvmm, free_address};
 
 /// How long the guest may take to fill its memory, and a VMM to get ready.
 const READY: Duration = Duration::from_secs(120);
@@ -45,7 +45,7 @@ pub(super) struct Load {
 }
 
 /// What a migration took.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Journey {
     pub(super) seconds: f64,
     /// Not a number if it came to none.
@@ -55,10 +55,10 @@ pub(super) struct Journey {
 }
 
 /// How a migration ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum End {
     /// As uvmm tells.
-    Moved(Outcome),
+    Moved(String),
     /// QEMU tells no more than that.
     Completed,
     /// The guest was still where it was.
@@ -68,7 +68,7 @@ pub(super) enum End {
 impl fmt::Display for End {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Moved(outcome) => write!(f, "{}", format!("{outcome:?}").to_lowercase()),
+            Self::Moved(outcome) => f.write_str(outcome),
             Self::Completed => f.write_str("completed"),
             Self::NotWithin(limit) => write!(f, "not within {limit:.0?}"),
         }
@@ -140,7 +140,7 @@ impl Stand {
             Ok((end, since.elapsed().as_secs_f64()))
         })?;
         let Seen { downtime, growth_mib } = seen;
-        let downtime_ms = match (end, downtime) {
+        let downtime_ms = match (&end, downtime) {
             (End::NotWithin(_), _) => f64::NAN,
             (_, Some(downtime)) => downtime.as_secs_f64() * 1e3,
             (_, None) => return Err(Error::Guest("the guest was not seen to run there".into())),

@@ -13,7 +13,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub use report::{Device, Outcome, Report};
+pub use report::{Device, Report};
 use serde_json::Value;
 pub use serial::Serial;
 use tempfile::TempDir;

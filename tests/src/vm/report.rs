@@ -8,20 +8,6 @@ use serde::Deserialize;
 
 use crate::error::{Context, Error, Result};
 
-/// How the copying of a running guest ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Outcome {
-    /// Little was left.
-    Converged,
-    /// Little was left, because the guest was slowed down.
-    Throttled,
-    /// The guest was stopped although much was left.
-    Forced,
-    /// The guest stayed.
-    GaveUp,
-}
-
 /// The report of a migration.
 #[derive(Debug, Deserialize)]
 pub struct Report {
@@ -35,8 +21,8 @@ pub struct Report {
     pub downtime_ms: f64,
     /// Passes over memory while the guest ran.
     pub rounds: u32,
-    /// None if it never came to that.
-    pub outcome: Option<Outcome>,
+    /// `converged`, `throttled`, `forced` or `gave-up`; none if it never came to that.
+    pub outcome: Option<String>,
     /// What went through the connection.
     pub bytes_sent: u64,
     /// While it moved memory.
