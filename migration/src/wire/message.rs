@@ -133,9 +133,12 @@ impl Totals {
 mod tests {
     use std::collections::BTreeSet;
 
+    use vm_memory::GuestAddress;
+
     use super::*;
     use crate::compat::{Profile, Rule};
     use crate::state::decode_exact;
+    use crate::wire::Frame;
 
     /// A guest with an item of each rule and of each kind of value.
     fn offer() -> Offer {
@@ -178,6 +181,26 @@ mod tests {
             (18, Message::Share),
             (19, Message::Pass),
         ]
+    }
+
+    #[test]
+    fn as_many_pages_at_another_place_or_in_another_order_do_not_add_up_to_the_same() {
+        let run = |page: u64| Run { start: GuestAddress(page * PAGE), len: PAGE };
+        let ram = |run| Frame::Ram { run, checked: false, packed: None }.encode();
+        let zero = |run| Frame::Zero { run }.encode();
+        let sent = |first: u64, second: u64| {
+            let [mut with_content, mut zeros] = [Totals::default(); 2];
+            for run in [run(first), run(second)] {
+                with_content.ram(run, ram(run));
+                zeros.zero(run, zero(run));
+            }
+            [with_content, zeros]
+        };
+        for (one, other) in [((0, 1), (0, 2)), ((0, 1), (1, 0)), ((0, 1), (0, 0))] {
+            let [one, other] = [one, other].map(|(first, second)| sent(first, second));
+            assert!(one[0] != other[0] && one[1] != other[1]);
+            assert_eq!((one[0].pages, one[1].zero_pages), (other[0].pages, other[1].zero_pages));
+        }
     }
 
     #[test]
