@@ -4,7 +4,7 @@
 //! timer again before the event has come that it is set for, and so all that sleeps there sleeps on;
 //! but an event that is due before all others is a reason to set it. So each processor has a thread
 //! that gives itself such an event whenever it wakes up, and wakes the threads of the others, which
-//! needs no timer of theirs.
+//! needs no timer of theirs. It also ends an interrupt that its processor never heard of.
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
@@ -19,6 +19,7 @@ use rustix::time::{
     timerfd_settime,
 };
 
+use super::apic::LocalApic;
 use crate::error::{Context, Result, reading};
 
 const PERIOD: Duration = Duration::from_millis(100);
@@ -53,11 +54,18 @@ fn beat(processor: usize, timer: &OwnedFd, all: &OnceLock<Vec<Thread>>) {
     only.set(processor);
     // A processor without a timer lets nobody else run who is not clearly more important.
     let _as_usual = setpriority_process(None, -20);
+    let apic = LocalApic::map();
+    if let Err(error) = &apic {
+        note(&format!("interrupts of processor {processor} are not looked after: {error}"));
+    }
     let mut since = Instant::now();
     loop {
         thread::park_timeout(PERIOD.saturating_sub(since.elapsed()));
         // Elsewhere if the processor is gone, or for as long as another says so.
         let _elsewhere = sched_setaffinity(None, &only);
+        if let Some(vector) = apic.iter().find_map(LocalApic::end_what_nobody_serves) {
+            note(&format!("processor {processor} never heard of its interrupt {vector}"));
+        }
         let _left_as_it_is = make_an_event_due(timer);
         // Whoever was woken by another wakes nobody.
         if since.elapsed() >= PERIOD {
@@ -65,6 +73,11 @@ fn beat(processor: usize, timer: &OwnedFd, all: &OnceLock<Vec<Thread>>) {
         }
         since = Instant::now();
     }
+}
+
+/// Says it in the kernel's log, which is kept.
+fn note(text: &str) {
+    let _where_there_is_one = fs::write("/dev/kmsg", format!("lab: {text}\n"));
 }
 
 fn new_timer() -> Outcome<OwnedFd> {

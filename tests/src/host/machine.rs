@@ -65,7 +65,7 @@ impl Nesting {
             // QEMU clears a flag in a word of the first one's (`cpu_clear_ignne`), and not
             // atomically: what that one writes there meanwhile is lost, which may be that it left
             // the nested page tables. The guest then gets the lab host's registers, and dies.
-            Self::Emulation => format!("{PARAMETERS} isolcpus=0"),
+            Self::Emulation => format!("{PARAMETERS} isolcpus=0 iomem=relaxed"),
         }
     }
 }

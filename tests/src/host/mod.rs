@@ -1,5 +1,6 @@
 //! The lab host: an emulated machine with KVM, an IOMMU and SR-IOV NICs, on any machine.
 pub mod agent;
+mod apic;
 mod booting;
 mod frame;
 mod heartbeat;
