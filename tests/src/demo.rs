@@ -71,7 +71,7 @@ fn boot(uvmm: &Uvmm) -> Result<Vm> {
         "A stock Debian kernel gets a virtual function of this host's NIC, behind a bridge with slots:",
     );
     let device = format!("vfio,id=net0,host={}", text("VF0")?);
-    command(&format!("uvmm run --kernel $GUEST_KERNEL --initrd $GUEST_INITRD --device {device}"));
+    command(&format!("uvmm run --kernel $GUEST_VMLINUX --initrd $GUEST_INITRD --device {device}"));
     let since = Instant::now();
     let mut vm = uvmm.guest("", &["--device", &device])?;
     let version = vm.says("uname -sr")?;

@@ -155,7 +155,9 @@ fn guest_load() -> Result<PathBuf> {
     fs::write(&new_source, GUEST_LOAD).context(|| writing(&new_source))?;
     program::run(
         Command::new("rustc")
-            .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-o"])
+            // Every guest unpacks it: what only a debugger needs is most of it.
+            .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static"])
+            .args(["-C", "strip=symbols", "-o"])
             .args([&new_binary, &new_source]),
     )?;
     fs::rename(&new_binary, &binary).context(|| writing(&binary))?;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use tests::inside_lab;
-use tests::vm::{BOOT, SHORT, Uvmm, Vm, variable};
+use tests::vm::{BOOT, CMDLINE, SHORT, Uvmm, Vm, variable};
 
 fn kernel(variable_name: &str) -> PathBuf {
     variable(variable_name).unwrap().into()
@@ -24,21 +24,21 @@ fn powers_off(mut vm: Vm) {
 }
 
 #[test]
-fn a_bzimage_boots_and_powers_off_with_status_0() {
+fn a_bzimage_boots_starts_again_and_powers_off_when_asked() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let mut vm = boot(&uvmm, "GUEST_KERNEL", &["--memory", "256M"]);
     let (version, status) = vm.shell("uname -r; nproc").unwrap();
     assert_eq!(status, 0);
     assert!(version.trim().ends_with("\n1"), "one processor unless told otherwise: {version:?}");
-    powers_off(vm);
-}
-
-#[test]
-fn an_elf_kernel_boots_through_its_pvh_entry() {
-    inside_lab!();
-    let uvmm = Uvmm::new().unwrap();
-    powers_off(boot(&uvmm, "GUEST_VMLINUX", &["--memory", "256M"]));
+    vm.serial.send("reboot -f").unwrap();
+    vm.booted().unwrap();
+    // The power button.
+    let (_, status) = vm.shell("until pidof acpid; do sleep 0.1; done").unwrap();
+    assert_eq!(status, 0);
+    let (status, _, errors) = uvmm.call(&["stop", "--vm", "guest"]).unwrap();
+    assert!(status.success(), "{errors}");
+    assert_eq!(vm.wait(SHORT).unwrap().code(), Some(0), "{}", vm.errors().unwrap());
 }
 
 #[test]
@@ -77,28 +77,6 @@ fn the_smallest_guest_boots() {
 }
 
 #[test]
-fn a_reboot_starts_the_guest_again() {
-    inside_lab!();
-    let uvmm = Uvmm::new().unwrap();
-    let mut vm = boot(&uvmm, "GUEST_KERNEL", &["--memory", "256M"]);
-    vm.serial.send("reboot -f").unwrap();
-    vm.booted().unwrap();
-    powers_off(vm);
-}
-
-#[test]
-fn the_power_button_asks_the_guest_to_power_off() {
-    inside_lab!();
-    let uvmm = Uvmm::new().unwrap();
-    let mut vm = boot(&uvmm, "GUEST_KERNEL", &["--memory", "256M"]);
-    let (_, status) = vm.shell("until pidof acpid; do sleep 0.1; done").unwrap();
-    assert_eq!(status, 0);
-    let (status, _, errors) = uvmm.call(&["stop", "--vm", "guest"]).unwrap();
-    assert!(status.success(), "{errors}");
-    assert_eq!(vm.wait(SHORT).unwrap().code(), Some(0), "{}", vm.errors().unwrap());
-}
-
-#[test]
 fn a_guest_that_dies_is_told_apart_from_one_that_powers_off() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
@@ -117,12 +95,12 @@ fn a_guest_that_dies_is_told_apart_from_one_that_powers_off() {
 }
 
 #[test]
-fn the_serial_line_can_go_to_a_file() {
+fn an_elf_kernel_boots_through_its_pvh_entry_and_its_serial_line_can_go_to_a_file() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let file = uvmm.dir().join("console");
     let mut command = uvmm.command(["run", "--memory", "256M", "--cmdline"]);
-    command.arg("console=ttyS0 panic=-1").arg("--kernel").arg(kernel("GUEST_KERNEL"));
+    command.arg(CMDLINE).arg("--kernel").arg(kernel("GUEST_VMLINUX"));
     command.arg("--initrd").arg(kernel("GUEST_INITRD"));
     let mut child = command.arg(format!("--serial=file={}", file.display())).spawn().unwrap();
     let deadline = std::time::Instant::now() + BOOT;

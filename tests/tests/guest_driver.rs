@@ -110,10 +110,21 @@ fn comes_and_goes(vm: &mut Vm) {
 }
 
 #[test]
-fn it_comes_and_goes_beside_shpchp() {
+fn it_comes_and_goes_beside_shpchp_and_polls_without_it() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
-    comes_and_goes(&mut boot(&uvmm, ""));
+    let mut vm = boot(&uvmm, "");
+    says(&mut vm, LOAD);
+    promises(&mut vm, PROMISES | CAN_PAUSE | LISTENS);
+    for _ in 0..2 {
+        vm.says("echo 0000:00:01.0 > /sys/bus/pci/drivers/shpchp/unbind").unwrap();
+        promises(&mut vm, PROMISES | CAN_PAUSE);
+        vm.says("echo 0000:00:01.0 > /sys/bus/pci/drivers/shpchp/bind").unwrap();
+        promises(&mut vm, PROMISES | CAN_PAUSE | LISTENS);
+    }
+    shpchp_works(&mut vm);
+    vm.says("rmmod uvmm_bridge").unwrap();
+    comes_and_goes(&mut vm);
 }
 
 #[test]
@@ -153,23 +164,6 @@ fn it_shares_the_pin_of_the_bridge_where_there_is_no_msi() {
     assert_eq!(vm.says(shared).unwrap(), "1");
     shpchp_works(&mut vm);
     vm.says("rmmod uvmm_bridge").unwrap();
-    shpchp_works(&mut vm);
-    is_well(&mut vm);
-}
-
-#[test]
-fn it_polls_as_long_as_the_bridge_has_no_driver() {
-    inside_lab!();
-    let uvmm = Uvmm::new().unwrap();
-    let mut vm = boot(&uvmm, "");
-    says(&mut vm, LOAD);
-    promises(&mut vm, PROMISES | CAN_PAUSE | LISTENS);
-    for _ in 0..2 {
-        vm.says("echo 0000:00:01.0 > /sys/bus/pci/drivers/shpchp/unbind").unwrap();
-        promises(&mut vm, PROMISES | CAN_PAUSE);
-        vm.says("echo 0000:00:01.0 > /sys/bus/pci/drivers/shpchp/bind").unwrap();
-        promises(&mut vm, PROMISES | CAN_PAUSE | LISTENS);
-    }
     shpchp_works(&mut vm);
     is_well(&mut vm);
 }

@@ -243,7 +243,7 @@ fn at_whichever_step_of_a_pause_something_goes_wrong_the_guest_has_its_function_
 }
 
 #[test]
-fn whatever_goes_wrong_while_a_function_is_unplugged_the_guest_has_it_again() {
+fn whatever_goes_wrong_while_a_function_is_unplugged_or_wanted_back_the_guest_has_it_again() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let mut vm = networked(&uvmm, "");
@@ -263,6 +263,7 @@ fn whatever_goes_wrong_while_a_function_is_unplugged_the_guest_has_it_again() {
         vm.joins_network().unwrap();
         is_as_before(&uvmm, &mut vm);
     }
+    a_function_that_the_host_wants_back_is_asked_of_the_guest(&uvmm, &mut vm);
 }
 
 #[test]
@@ -295,11 +296,7 @@ fn a_guest_driver_that_is_unloaded_while_it_pauses_takes_nothing_with_it() {
     assert_eq!(runs.says("grep uvmm_bridge /proc/modules | wc -l").unwrap(), "0");
 }
 
-#[test]
-fn a_function_that_the_host_wants_back_is_asked_of_the_guest() {
-    inside_lab!();
-    let uvmm = Uvmm::new().unwrap();
-    let mut vm = networked(&uvmm, "");
+fn a_function_that_the_host_wants_back_is_asked_of_the_guest(uvmm: &Uvmm, vm: &mut Vm) {
     Taken::begin("VF0").give_back();
     assert_eq!(uvmm.info("guest").unwrap()["slots"][0]["device"], Value::Null);
     vm.until("! [ -e /sys/class/net/eth0 ]").unwrap();
@@ -311,7 +308,7 @@ fn a_function_that_the_host_wants_back_is_asked_of_the_guest() {
 
 /// What else a destination must be told so that a guest can boot again there.
 fn booting() -> [String; 6] {
-    let [kernel, initrd] = ["GUEST_KERNEL", "GUEST_INITRD"].map(|name| text(name).unwrap());
+    let [kernel, initrd] = ["GUEST_VMLINUX", "GUEST_INITRD"].map(|name| text(name).unwrap());
     let cmdline = tests::vm::CMDLINE.to_owned();
     ["--kernel".into(), kernel, "--initrd".into(), initrd, "--cmdline".into(), cmdline]
 }

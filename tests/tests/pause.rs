@@ -25,33 +25,29 @@ fn networked(uvmm: &Uvmm, more: &str, driver: &str, arguments: &[&str]) -> Vm {
     vm
 }
 
-/// Rewrites memory and checks it.
-const LOAD: &str = "guest-load 8 1 /run/load > /dev/null & sleep 2";
-
-/// How long the rest of the network cannot reach a stock guest that moves.
-fn outage_of_eviction(uvmm: &Uvmm) -> Duration {
-    let mut vm = networked(uvmm, "", "", &["--device", &device("net0", "VF0")]);
-    vm.says(LOAD).unwrap();
+/// Moves a stock guest; gives it and how long the rest of the network cannot reach it.
+fn outage_of_eviction(uvmm: &Uvmm, vm: Vm) -> (Vm, Duration) {
     let pinger = Pinger::start(GUEST_IP, OFTEN).unwrap();
     let (mut vm, report) = uvmm.move_on(vm, "evicted", &[&device("net0", "VF1")]).unwrap();
     assert_eq!(report.ways(), ["net0=evict"]);
     vm.joins_network().unwrap();
-    pinger.finish().unwrap().outage
+    (vm, pinger.finish().unwrap().outage)
 }
 
 #[test]
 fn a_paused_function_keeps_its_connections_from_trip_to_trip() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
-    let evicted = outage_of_eviction(&uvmm);
     let _alias = Alias::give("PF1", 0).unwrap();
-    let mut vm = networked(&uvmm, "", GUEST_DRIVER, &["--device", &device("net0", "VF0")]);
-    vm.says(LOAD).unwrap();
+    let mut vm = networked(&uvmm, "", "", &["--device", &device("net0", "VF0")]);
+    vm.works_with(4, 1).unwrap();
+    let (mut vm, evicted) = outage_of_eviction(&uvmm, vm);
+    vm.joins_network_after(&format!("rmmod igbvf && {GUEST_DRIVER}")).unwrap();
     let bulk = Bulk::start(&mut vm).unwrap();
     println!("| trip | outage | paused | stopped |");
     println!("| evicted | {evicted:.0?} | | |");
     let mut outages = Vec::new();
-    for (trip, function) in (1..=TRIPS).zip(["VF1", "VF0"].into_iter().cycle()) {
+    for (trip, function) in (1..=TRIPS).zip(["VF0", "VF1"].into_iter().cycle()) {
         let pinger = Pinger::start(GUEST_IP, OFTEN).unwrap();
         let name = format!("host-{trip}");
         let (moved, report) = uvmm.move_on(vm, &name, &[&device("net0", function)]).unwrap();
@@ -68,41 +64,35 @@ fn a_paused_function_keeps_its_connections_from_trip_to_trip() {
     let outage = outages[TRIPS / 4];
     assert!(outage * 10 <= evicted, "{outage:?} is much beside {evicted:?}");
     assert!(bulk.finish(&mut vm).unwrap() > 0);
-    assert!(vm.says("pidof guest-load && cat /run/load").unwrap().contains("pages="));
-    assert!(!vm.serial.everything().contains("CORRUPT"));
+    vm.works_on(0).unwrap();
     assert_eq!(vm.errors().unwrap(), "");
 }
 
 #[test]
-fn two_processors_that_bounce_all_dma_move_as_well() {
+fn a_guest_that_bounces_all_dma_is_evicted_late_or_pauses() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let _alias = Alias::give("PF1", 0).unwrap();
     let arguments = ["--cpus", "2", "--device", &device("net0", "VF0")];
-    let mut vm = networked(&uvmm, "swiotlb=force", GUEST_DRIVER, &arguments);
-    let bulk = Bulk::start(&mut vm).unwrap();
-    let (vm, report) = uvmm.move_on(vm, "there", &[&device("net0", "VF1")]).unwrap();
-    assert_eq!(report.ways(), ["net0=pause"]);
-    let (mut vm, report) = uvmm.move_on(vm, "back", &[&device("net0", "VF0")]).unwrap();
-    assert_eq!(report.ways(), ["net0=pause"]);
-    vm.pings().unwrap();
-    assert!(bulk.finish(&mut vm).unwrap() > 0);
-}
-
-#[test]
-fn a_guest_that_bounces_all_dma_keeps_its_function_while_memory_is_copied() {
-    inside_lab!();
-    let uvmm = Uvmm::new().unwrap();
-    let vm = networked(&uvmm, "swiotlb=force", "", &["--device", &device("net0", "VF0")]);
-    let (_there, address) =
-        uvmm.incoming_with("there", &["--device", &device("net0", "VF1")]).unwrap();
+    let vm = networked(&uvmm, "swiotlb=force", "", &arguments);
+    let (planned, address) =
+        uvmm.incoming_with("planned", &["--device", &device("net0", "VF1")]).unwrap();
     let plan = dry_run(&uvmm, &address);
     assert!(plan.contains("release  unplug net0") && !plan.contains("precopy"), "{plan}");
     assert!(plan.contains("net0: evict: the guest bounces all DMA"), "{plan}");
-    drop(_there);
-    let (mut vm, report) = uvmm.move_on(vm, "second", &[&device("net0", "VF1")]).unwrap();
+    drop(planned);
+    let (mut vm, report) = uvmm.move_on(vm, "there", &[&device("net0", "VF1")]).unwrap();
     assert_eq!(report.ways(), ["net0=evict"]);
     vm.joins_network().unwrap();
+
+    vm.joins_network_after(&format!("rmmod igbvf && {GUEST_DRIVER}")).unwrap();
+    let bulk = Bulk::start(&mut vm).unwrap();
+    let (vm, report) = uvmm.move_on(vm, "back", &[&device("net0", "VF0")]).unwrap();
+    assert_eq!(report.ways(), ["net0=pause"]);
+    let (mut vm, report) = uvmm.move_on(vm, "again", &[&device("net0", "VF1")]).unwrap();
+    assert_eq!(report.ways(), ["net0=pause"]);
+    vm.pings().unwrap();
+    assert!(bulk.finish(&mut vm).unwrap() > 0);
 }
 
 #[test]
@@ -159,12 +149,17 @@ impl Drop for Stranger {
     }
 }
 
+/// Makes the guest promise everything, and do nothing: bits 0 to 2 of the block's control register.
+const LIE: &str =
+    "printf '\\007' | dd of=/sys/bus/pci/devices/0000:00:01.0/config bs=1 seek=108 conv=notrunc";
+
 #[test]
-fn a_guest_that_cannot_go_or_breaks_its_promise_keeps_its_function() {
+fn a_guest_that_cannot_go_breaks_its_promise_or_never_answers_keeps_its_function() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let _alias = Alias::give("PF1", 0).unwrap();
-    let mut vm = networked(&uvmm, "", GUEST_DRIVER, &["--device", &device("net0", "VF0")]);
+    let refuse = format!("{},on-timeout=refuse", device("net0", "VF0"));
+    let mut vm = networked(&uvmm, "", GUEST_DRIVER, &["--device", &refuse]);
     let bulk = Bulk::start(&mut vm).unwrap();
     let there = device("net0", "VF1");
 
@@ -191,29 +186,22 @@ fn a_guest_that_cannot_go_or_breaks_its_promise_keeps_its_function() {
     vm.pings().unwrap();
     drop(incoming);
 
-    assert!(bulk.finish(&mut vm).unwrap() > 0, "all the while");
-    assert_eq!(vm.says("cat /sys/bus/pci/slots/1/power").unwrap(), "1");
-}
-
-/// Makes the guest promise everything, and do nothing: bits 0 to 2 of the block's control register.
-const LIE: &str =
-    "printf '\\007' | dd of=/sys/bus/pci/devices/0000:00:01.0/config bs=1 seek=108 conv=notrunc";
-
-#[test]
-fn a_guest_that_never_answers_is_asked_to_let_go_or_stays_as_the_user_chose() {
-    inside_lab!();
-    let uvmm = Uvmm::new().unwrap();
-    let refuse = format!("{},on-timeout=refuse", device("net0", "VF0"));
-    let mut vm = networked(&uvmm, "", "", &["--device", &refuse]);
+    // It gives it again, and nothing is behind it.
     vm.says(LIE).unwrap();
-    let (incoming, address) =
-        uvmm.incoming_with("there", &["--device", &device("net0", "VF1")]).unwrap();
+    let (_incoming, address) = uvmm.incoming_with("waits", &["--device", &there]).unwrap();
     let report = uvmm.migrate(&vm, &address).unwrap();
     let error = report.error.unwrap();
     assert!(error.contains("does not pause net0, and on-timeout=refuse"), "{error}");
     vm.pings().unwrap();
-    drop((incoming, vm));
 
+    assert!(bulk.finish(&mut vm).unwrap() > 0, "all the while");
+    assert_eq!(vm.says("cat /sys/bus/pci/slots/1/power").unwrap(), "1");
+}
+
+#[test]
+fn a_guest_that_never_answers_is_asked_to_let_go() {
+    inside_lab!();
+    let uvmm = Uvmm::new().unwrap();
     let mut vm = networked(&uvmm, "", "", &["--device", &device("net0", "VF0")]);
     vm.says(LIE).unwrap();
     let (mut vm, report) = uvmm.move_on(vm, "evicted", &[&device("net0", "VF1")]).unwrap();

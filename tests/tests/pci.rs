@@ -32,7 +32,7 @@ fn drives_its_slots(vm: &mut Vm, interrupt: &str) {
 }
 
 #[test]
-fn shpchp_drives_the_slots_by_msi() {
+fn shpchp_drives_the_slots_by_msi_and_on_after_a_migration() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     let mut vm = uvmm.guest("", &[]).unwrap();
@@ -42,6 +42,21 @@ fn shpchp_drives_the_slots_by_msi() {
     assert_eq!(windows, "c0000000-cfffffff 400000000-5ffffffff");
     let moved = vm.says("dmesg | grep -ciE 'BAR .*(failed|assigned)|no space' || true").unwrap();
     assert_eq!(moved, "0");
+    an_empty_slot_cannot_be_switched_on(&mut vm);
+    drives_its_slots(&mut vm, "PCI-MSI");
+
+    let (mut to, address) = uvmm.incoming("there").unwrap();
+    let report = uvmm.migrate(&vm, &address).unwrap();
+    assert_eq!(report.status, "completed", "{report:?}");
+    drives_its_slots(&mut to, "PCI-MSI");
+}
+
+fn an_empty_slot_cannot_be_switched_on(vm: &mut Vm) {
+    for power in ["1", "0", "1"] {
+        let line = format!("echo {power} > /sys/bus/pci/slots/1/power");
+        assert_ne!(vm.shell(&line).unwrap().1, 0, "{line}");
+    }
+    assert_eq!(vm.says("cat /sys/bus/pci/slots/1/power").unwrap(), "0");
 }
 
 #[test]
@@ -65,19 +80,6 @@ fn shpchp_drives_the_slots_by_intx_without_acpi() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
     drives_its_slots(&mut uvmm.guest("acpi=off pci=nomsi", &[]).unwrap(), "IO-APIC");
-}
-
-#[test]
-fn an_empty_slot_cannot_be_switched_on_and_nothing_breaks() {
-    inside_lab!();
-    let uvmm = Uvmm::new().unwrap();
-    let mut vm = uvmm.guest("", &[]).unwrap();
-    for power in ["1", "0", "1"] {
-        let line = format!("echo {power} > /sys/bus/pci/slots/1/power");
-        assert_ne!(vm.shell(&line).unwrap().1, 0, "{line}");
-    }
-    assert_eq!(vm.says("cat /sys/bus/pci/slots/1/power").unwrap(), "0");
-    drives_its_slots(&mut vm, "PCI-MSI");
 }
 
 #[test]
@@ -119,16 +121,4 @@ fn a_guest_that_writes_everything_everywhere_harms_itself_alone() {
     let (status, _, errors) = uvmm.call(&["info", "--vm", "guest"]).unwrap();
     assert!(status.success() && vm.runs(), "{errors}");
     assert_eq!(vm.errors().unwrap(), "");
-}
-
-#[test]
-fn shpchp_drives_the_slots_on_after_a_migration() {
-    inside_lab!();
-    let uvmm = Uvmm::new().unwrap();
-    let mut from = uvmm.guest("", &[]).unwrap();
-    drives_its_slots(&mut from, "PCI-MSI");
-    let (mut to, address) = uvmm.incoming("there").unwrap();
-    let report = uvmm.migrate(&from, &address).unwrap();
-    assert_eq!(report.status, "completed", "{report:?}");
-    drives_its_slots(&mut to, "PCI-MSI");
 }

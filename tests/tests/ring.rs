@@ -16,7 +16,7 @@ fn guest(uvmm: &Uvmm, mib: u32, threads: u32) -> Vm {
 fn a_guest_goes_from_ring_to_ring_and_every_page_is_what_it_was() {
     inside_lab!();
     let uvmm = Uvmm::new().unwrap();
-    let mut vm = guest(&uvmm, 8, 2);
+    let mut vm = guest(&uvmm, 4, 2);
     let mut checked = vm.pages_checked().unwrap();
     for trip in 1..=TRIPS {
         let (mut there, address) = uvmm.incoming_with(&format!("host-{trip}"), &RING).unwrap();

@@ -18,6 +18,8 @@ const BEAT: Duration = Duration::from_micros(300);
 const SIZES: Duration = Duration::from_millis(10);
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
+/// The file that a guest of uvmm has its first memory in.
+const FIRST_FILE: &str = "/memfd:guest-ram-0 ";
 /// What the tiny guest multiplies page numbers and generations by (`pattern.c`), and its inverse
 /// modulo 2^64.
 const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -127,7 +129,9 @@ impl Memory {
         let path = PathBuf::from(format!("/proc/{pid}/mem"));
         let file = File::open(&path).context(|| reading(&path))?;
         // The set starts behind the guest's own image, below 1.25 MiB.
-        let (first, past) = (MIB + MIB / 4, place.rewritten_mib * MIB + MIB / 2);
+        // It is looked at as far as uvmm has it in its first file.
+        let past = (place.rewritten_mib * MIB + MIB / 2).min(place.bytes / 16);
+        let first = MIB + MIB / 4;
         let looks = (16 * place.rewritten_mib).min(128);
         let step = (past - first) / looks / PAGE * PAGE;
         let word = |look: u64| {
@@ -153,19 +157,23 @@ impl Memory {
 /// What the guest must be told to fill its memory with.
 pub(super) const SEED: u64 = 1;
 
-/// Where guest memory of `bytes` starts: at the end of the smallest mapping that can hold it, as
-/// a neighbour may have been merged into its start.
+/// Where guest memory of `bytes` starts. uvmm's is in several files, of which the first is mapped
+/// there; another VMM's is the end of the smallest mapping that can hold it, as a neighbour may have
+/// been merged into its start.
 fn guest_memory(maps: &str, bytes: u64) -> Option<u64> {
     let mapping = |line: &str| {
         let mut words = line.split_whitespace();
         let (range, rights) = (words.next()?, words.next()?);
         let (start, end) = range.split_once('-')?;
         let hex = |text| u64::from_str_radix(text, 16).ok();
-        let (start, end) = (hex(start)?, hex(end)?);
-        (rights.starts_with("rw") && end - start >= bytes).then_some((end - start, end))
+        rights.starts_with("rw").then_some((hex(start)?, hex(end)?))
     };
-    let (_, end) = maps.lines().filter_map(mapping).min()?;
-    Some(end - bytes)
+    let first = maps.lines().find(|line| line.contains(FIRST_FILE)).and_then(mapping);
+    first.map(|(start, _)| start).or_else(|| {
+        let sized = maps.lines().filter_map(mapping).map(|(start, end)| (end - start, end));
+        let (_, end) = sized.filter(|(size, _)| *size >= bytes).min()?;
+        Some(end - bytes)
+    })
 }
 
 const fn inverse(odd: u64) -> u64 {
@@ -189,13 +197,16 @@ mod tests {
     }
 
     #[test]
-    fn guest_memory_is_the_end_of_the_smallest_mapping_that_can_hold_it() {
+    fn guest_memory_is_the_first_file_or_the_end_of_the_smallest_mapping_that_can_hold_it() {
         let maps = "1000-2000 r-xp 0 0 0 /bin/vmm\n\
                     7000000-7600000 rw-p 00000000 00:00 0\n\
                     8000000-8480000 rw-p 00000000 00:00 0 \n\
                     9000000-9400000 r--p 00000000 00:00 0\n";
         assert_eq!(guest_memory(maps, 0x40_0000), Some(0x808_0000));
         assert_eq!(guest_memory(maps, 0x80_0000), None);
+        let files = "5000000-5400000 rw-s 0 0:1 2 /memfd:guest-ram-1 (deleted)\n\
+                     6000000-6100000 rw-s 0 0:1 1 /memfd:guest-ram-0 (deleted)\n";
+        assert_eq!(guest_memory(&format!("{maps}{files}"), 0x40_0000), Some(0x600_0000));
     }
 
     #[test]

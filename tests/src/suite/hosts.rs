@@ -15,8 +15,20 @@ use crate::tier;
 /// An emulated lab host keeps one processor of this machine busy, and a half.
 const HOSTS: usize = 2;
 /// Programs that take long begin first, the longest first.
-const LONG: [&str; 9] =
-    ["mishaps", "pause", "migrate", "faults", "hotplug", "ring", "guest_driver", "evict", "boot"];
+const LONG: [&str; 12] = [
+    "mishaps",
+    "pause",
+    "migrate",
+    "hotplug",
+    "faults",
+    "promise",
+    "pci",
+    "vfio",
+    "ring",
+    "evict",
+    "boot",
+    "guest_driver",
+];
 
 /// What runs, and how.
 pub(super) struct Run<'a> {

@@ -25,6 +25,9 @@ use crate::program;
 pub const BOOT: Duration = Duration::from_secs(120);
 /// How long a short command in a guest, or of uvmm, may take.
 pub const SHORT: Duration = Duration::from_secs(60);
+/// How long nobody asks `uvmm` after it has said something else than is waited for: each time is a
+/// process, which competes with what is waited for.
+const ASKING: Duration = Duration::from_millis(100);
 /// The command line of a Linux guest that says what it does on its serial line.
 pub const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 quiet";
 
@@ -93,15 +96,15 @@ impl Uvmm {
         self.linux_told(name, kernel, CMDLINE, arguments)
     }
 
-    /// Starts the lab's own Linux as `guest`, with `more` on its kernel's command line, and waits
-    /// until it takes commands.
+    /// Starts the [`own_kernel`] as `guest`, with `more` on its command line, and waits until it takes
+    /// commands.
     ///
     /// # Errors
     /// If uvmm cannot be started or the guest does not boot.
     pub fn guest(&self, more: &str, arguments: &[&str]) -> Result<Vm> {
-        let kernel = PathBuf::from(variable("GUEST_KERNEL")?);
         let arguments = [&["--memory", "256M"], arguments].concat();
-        let mut vm = self.linux_told("guest", &kernel, &format!("{CMDLINE} {more}"), &arguments)?;
+        let mut vm =
+            self.linux_told("guest", &own_kernel()?, &format!("{CMDLINE} {more}"), &arguments)?;
         vm.booted()?;
         Ok(vm)
     }
@@ -216,7 +219,7 @@ impl Uvmm {
             if Instant::now() > deadline {
                 return Err(Error::Timeout(format!("{name} stays like this: {info}")));
             }
-            thread::sleep(Duration::from_millis(20));
+            thread::sleep(ASKING);
         }
     }
 
@@ -249,7 +252,7 @@ impl Uvmm {
             if Instant::now() > deadline {
                 return Err(Error::Timeout(format!("{name} does not answer: {}", errors.trim())));
             }
-            thread::sleep(Duration::from_millis(50));
+            thread::sleep(ASKING);
         }
     }
 }
@@ -348,6 +351,15 @@ impl Drop for Vm {
         }
         self.kill();
     }
+}
+
+/// The lab's own Linux as it is in memory. A bzImage takes seconds to unpack itself where all is
+/// emulated, and leaves more memory to be moved behind.
+///
+/// # Errors
+/// As [`variable`].
+pub fn own_kernel() -> Result<PathBuf> {
+    variable("GUEST_VMLINUX").map(PathBuf::from)
 }
 
 /// A variable of the lab's environment.

@@ -1,13 +1,12 @@
 //! A guest that rewrites and checks memory and reads its clocks, all the time.
-use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{SHORT, Uvmm, Vm, variable};
+use super::{SHORT, Uvmm, Vm, own_kernel};
 use crate::error::{Error, Result};
 
 impl Uvmm {
-    /// Boots the lab's own Linux as `name`, which rewrites `mib` with `threads` from then on.
+    /// Boots the [`own_kernel`] as `name`, which rewrites `mib` with `threads` from then on.
     ///
     /// # Errors
     /// If uvmm cannot be started, or the guest does not boot or does not work.
@@ -18,16 +17,24 @@ impl Uvmm {
         mib: u32,
         threads: u32,
     ) -> Result<Vm> {
-        let kernel = PathBuf::from(variable("GUEST_KERNEL")?);
-        let mut vm = self.linux(name, &kernel, arguments)?;
+        let mut vm = self.linux(name, &own_kernel()?, arguments)?;
         vm.booted()?;
-        vm.says(&format!("guest-load {mib} {threads} /run/load & sleep 3; cat /run/load"))?;
-        vm.pages_checked()?;
+        vm.works_with(mib, threads)?;
         Ok(vm)
     }
 }
 
 impl Vm {
+    /// Has the guest rewrite `mib` with `threads` from now on, and waits until it does.
+    ///
+    /// # Errors
+    /// If it does not, or finds anything wrong at once.
+    pub fn works_with(&mut self, mib: u32, threads: u32) -> Result<()> {
+        self.says(&format!("guest-load {mib} {threads} /run/load &"))?;
+        self.until("[ -e /run/load ]")?;
+        self.works_on(0).map(drop)
+    }
+
     /// How much the guest's work has checked so far.
     ///
     /// # Errors
