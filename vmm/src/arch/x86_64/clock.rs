@@ -36,6 +36,11 @@ impl Saved for ClockV1 {
 }
 
 impl ClockV1 {
+    /// The clock of a host like its own at another instant.
+    pub(super) fn at(&self, nanoseconds: u64, ticks: u64) -> Self {
+        Self { nanoseconds, host: self.host.map(|host| HostTsc { ticks, ..host }) }
+    }
+
     /// How much further ahead of this host's counter a guest's counter must be than it was ahead
     /// of the other host's, modulo 2^64, to fit `here`, this host's clock once it was set from
     /// `self`.

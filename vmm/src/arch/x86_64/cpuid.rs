@@ -28,8 +28,12 @@ const ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 pub(crate) fn address_bits(cpuid: &CpuId) -> u8 {
     /// What a processor without that leaf has (AMD APM 3, E.4.8).
     const LEAST: u8 = 36;
-    let leaf = cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
-    leaf.map_or(LEAST, |entry| entry.eax.to_le_bytes()[0])
+    leaf(cpuid, 0x8000_0008, 0).map_or(LEAST, |leaf| leaf.eax.to_le_bytes()[0])
+}
+
+/// What `cpuid` answers to `function` in EAX and `index` in ECX, if it has such a leaf.
+pub(super) fn leaf(cpuid: &CpuId, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
+    cpuid.as_slice().iter().find(|e| e.function == function && e.index == index).copied()
 }
 
 /// What this host can show a guest of ours: what its KVM supports, and what it shows on `vcpu`
@@ -90,7 +94,7 @@ pub(crate) fn of_vcpu(base: &CpuId, index: u8, count: u8) -> Result<CpuId, Error
     for entry in &mut entries {
         topology(entry, apic_id, cores, width);
     }
-    if base.as_slice().iter().any(|e| e.function == 0xb) {
+    if leaf(base, 0xb, 0).is_some() {
         let level = |index, shift, count, kind: u32| kvm_cpuid_entry2 {
             function: 0xb,
             index,
@@ -128,24 +132,20 @@ fn topology(entry: &mut kvm_cpuid_entry2, apic_id: u32, cores: u32, width: u32) 
 mod tests {
     use super::*;
 
-    fn leaf(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
-        let found = cpuid.as_slice().iter().find(|e| e.function == function && e.index == index);
-        *found.unwrap()
-    }
-
     #[test]
     fn each_vcpu_sees_its_own_apic_id_and_the_same_package() {
         let entry = |function| kvm_cpuid_entry2 { function, ..Default::default() };
         let base = CpuId::from_entries(&[entry(1), entry(0xb), entry(0x8000_0008)]).unwrap();
         for index in 0..3 {
             let cpuid = of_vcpu(&base, index, 3).unwrap();
+            let leaf = |function, index| leaf(&cpuid, function, index).unwrap();
             let id = u32::from(index);
-            assert_eq!(leaf(&cpuid, 1, 0).ebx >> 24, id);
-            assert_eq!(leaf(&cpuid, 1, 0).ebx >> 16 & 0xff, 4, "three cores need ids 0 to 3");
-            assert_eq!(leaf(&cpuid, 0xb, 0).edx, id);
-            assert_eq!(leaf(&cpuid, 0xb, 1).edx, id);
-            assert_eq!((leaf(&cpuid, 0xb, 1).eax, leaf(&cpuid, 0xb, 1).ebx), (2, 3));
-            assert_eq!(leaf(&cpuid, 0x8000_0008, 0).ecx & 0xff, 2);
+            assert_eq!(leaf(1, 0).ebx >> 24, id);
+            assert_eq!(leaf(1, 0).ebx >> 16 & 0xff, 4, "three cores need ids 0 to 3");
+            assert_eq!(leaf(0xb, 0).edx, id);
+            assert_eq!(leaf(0xb, 1).edx, id);
+            assert_eq!((leaf(0xb, 1).eax, leaf(0xb, 1).ebx), (2, 3));
+            assert_eq!(leaf(0x8000_0008, 0).ecx & 0xff, 2);
         }
     }
 }

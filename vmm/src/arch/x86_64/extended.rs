@@ -2,6 +2,7 @@
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
+use super::cpuid;
 use super::feature::Features;
 
 const LEAF: u32 = 0xd;
@@ -116,10 +117,7 @@ pub(crate) fn limited(cpuid: &CpuId, shown: Features, extra: bool) -> Vec<kvm_cp
 
 /// The parts that `cpuid` has: for programs, and for the system alone.
 fn enabled(cpuid: &CpuId) -> (u64, u64) {
-    let leaf = |index| {
-        let mut entries = cpuid.as_slice().iter();
-        entries.find(|e| e.function == LEAF && e.index == index).copied().unwrap_or_default()
-    };
+    let leaf = |index| cpuid::leaf(cpuid, LEAF, index).unwrap_or_default();
     let join = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
     (join(leaf(0).eax, leaf(0).edx), join(leaf(1).ecx, leaf(1).edx))
 }

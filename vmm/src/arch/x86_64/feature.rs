@@ -12,11 +12,23 @@ pub(crate) struct Word {
     names: &'static str,
 }
 
-enum Register {
+/// One of the registers that CPUID answers in.
+pub(super) enum Register {
     Eax,
     Ebx,
     Ecx,
     Edx,
+}
+
+impl Register {
+    pub(super) fn of<'a>(&self, entry: &'a mut kvm_cpuid_entry2) -> &'a mut u32 {
+        match self {
+            Self::Eax => &mut entry.eax,
+            Self::Ebx => &mut entry.ebx,
+            Self::Ecx => &mut entry.ecx,
+            Self::Edx => &mut entry.edx,
+        }
+    }
 }
 
 const fn word(leaf: u32, index: u32, register: Register, names: &'static str) -> Word {
@@ -24,7 +36,7 @@ const fn word(leaf: u32, index: u32, register: Register, names: &'static str) ->
 }
 
 /// How many sets there are.
-const COUNT: usize = 15;
+const COUNT: usize = 19;
 
 /// Every set of features that guests see (SDM vol. 2, CPUID; AMD APM vol. 3, appendix E; and
 /// Linux's Documentation/virt/kvm/x86/cpuid.rst).
@@ -85,6 +97,12 @@ pub(crate) const WORDS: [Word; COUNT] = [
         "- - - - avx_vnni_int8 avx_ne_convert - - amx_complex - avx_vnni_int16 - - - prefetchiti \
          - - - - avx10",
     ),
+    word(
+        0x7,
+        2,
+        Register::Edx,
+        "intel_psfd ipred_ctrl rrsba_ctrl ddpd_u bhi_ctrl mcdt_no uc_lock_disable monitor_mitg_no",
+    ),
     word(0xd, 1, Register::Eax, "xsaveopt xsavec xgetbv1 xsaves xfd"),
     word(
         0x4000_0001,
@@ -118,6 +136,17 @@ pub(crate) const WORDS: [Word; COUNT] = [
         "clzero irperf xsaveerptr - rdpru - - - - wbnoinvd - - amd_ibpb - amd_ibrs amd_stibp - \
          amd_stibp_always_on - - - - - amd_ppin amd_ssbd virt_ssbd amd_ssb_no cppc amd_psfd btc_no",
     ),
+    word(
+        0x8000_0021,
+        0,
+        Register::Eax,
+        "no_nested_data_bp wrmsr_xx_base_ns lfence_rdtsc smm_page_cfg_lock - verw_clear \
+         null_sel_clr_base upper_address_ignore autoibrs no_smm_ctl_msr amd_fsrs amd_fsrc - \
+         prefetch_ctl_msr - - - gp_on_user_cpuid epsf - amd_prefetchi - - - eraps - - sbpb \
+         ibpb_brtype srso_no srso_user_kernel_no srso_msr_fix",
+    ),
+    word(0x8000_0021, 0, Register::Ecx, "- tsa_sq_no tsa_l1_no"),
+    word(0x8000_0022, 0, Register::Eax, "perfmon_v2 amd_lbr_v2 amd_lbr_pmc_freeze"),
 ];
 
 /// Other names that people know features by.
@@ -151,12 +180,8 @@ impl Word {
     }
 
     fn of<'a>(&self, entry: &'a mut kvm_cpuid_entry2) -> Option<&'a mut u32> {
-        (entry.function == self.leaf && entry.index == self.index).then_some(match self.register {
-            Register::Eax => &mut entry.eax,
-            Register::Ebx => &mut entry.ebx,
-            Register::Ecx => &mut entry.ecx,
-            Register::Edx => &mut entry.edx,
-        })
+        let is_here = entry.function == self.leaf && entry.index == self.index;
+        is_here.then(|| self.register.of(entry))
     }
 }
 
@@ -296,6 +321,7 @@ mod tests {
             ("amx_tile", "7.0-edx", 24),
             ("spec_ctrl_ssbd", "7.0-edx", 31),
             ("lam", "7.1-eax", 26),
+            ("mcdt_no", "7.2-edx", 5),
             ("avx10", "7.1-edx", 19),
             ("xfd", "d.1-eax", 4),
             ("kvm_clock_stable", "40000001.0-eax", 24),
@@ -307,6 +333,12 @@ mod tests {
             ("nonstop_tsc", "80000007.0-edx", 8),
             ("amd_ssbd", "80000008.0-ebx", 24),
             ("btc_no", "80000008.0-ebx", 29),
+            ("autoibrs", "80000021.0-eax", 8),
+            ("gp_on_user_cpuid", "80000021.0-eax", 17),
+            ("sbpb", "80000021.0-eax", 27),
+            ("srso_no", "80000021.0-eax", 29),
+            ("tsa_l1_no", "80000021.0-ecx", 2),
+            ("perfmon_v2", "80000022.0-eax", 0),
         ] {
             let found = WORDS.iter().find(|word| word.name() == leaf).unwrap();
             assert_eq!(found.feature(bit), name);

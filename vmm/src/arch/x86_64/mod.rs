@@ -2,6 +2,7 @@
 
 pub(crate) mod acpi;
 pub(crate) mod clock;
+mod count;
 pub(crate) mod cpuid;
 pub(crate) mod extended;
 pub(crate) mod feature;

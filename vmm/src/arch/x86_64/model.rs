@@ -153,7 +153,9 @@ fn level(entries: Vec<kvm_cpuid_entry2>, base: CpuBase) -> Vec<kvm_cpuid_entry2>
     let brand = format!("{:48}", format!("uvmm {base} processor")).into_bytes();
     let is_used = |entry: &kvm_cpuid_entry2| match entry.function {
         // Its further leaves are features that no level has, unless they were added.
-        7 => entry.index == 0 || entry.index == 1 && registers(entry) != [0; 4],
+        7 => entry.index == 0 || registers(entry) != [0; 4],
+        0x8000_0021 => [entry.eax, entry.ecx] != [0; 2],
+        0x8000_0022 => entry.eax != 0,
         0 | 1 | 4 | 6 | 0xb | 0xd | 0x4000_0000 | 0x4000_0001 => true,
         0x8000_0000..=0x8000_0008 => true,
         _ => false,
@@ -163,7 +165,7 @@ fn level(entries: Vec<kvm_cpuid_entry2>, base: CpuBase) -> Vec<kvm_cpuid_entry2>
         let leaves = entries.iter().map(|entry| entry.function);
         leaves.filter(|leaf| range.contains(leaf)).max().unwrap_or(range.start)
     };
-    let (basic, extended) = (highest(0..0x4000_0000), highest(0x8000_0000..0x8000_0009));
+    let (basic, extended) = (highest(0..0x4000_0000), highest(0x8000_0000..0x8000_0100));
     let leaf_7 = entries.iter().filter(|entry| entry.function == 7).map(|entry| entry.index).max();
     for entry in &mut entries {
         match entry.function {
@@ -185,6 +187,7 @@ fn level(entries: Vec<kvm_cpuid_entry2>, base: CpuBase) -> Vec<kvm_cpuid_entry2>
                     (word(0), word(4), word(8), word(12));
             }
             0x8000_0007 => (entry.eax, entry.ebx, entry.ecx) = (0, 0, 0),
+            0x8000_0021 => (entry.ebx, entry.edx) = (0, 0),
             0x8000_0008 => {
                 let bits = ADDRESS_BITS.min(entry.eax & 0xff);
                 (entry.eax, entry.ecx, entry.edx) = (LINEAR_BITS << 8 | bits, 0, 0);
@@ -201,20 +204,21 @@ fn registers(entry: &kvm_cpuid_entry2) -> [u32; 4] {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::cpuid::leaf;
     use super::*;
+
+    /// What CPUID answers to `function` and `index`.
+    pub(in super::super) fn entry(
+        function: u32,
+        index: u32,
+        [eax, ebx, ecx, edx]: [u32; 4],
+    ) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
 
     /// A host that shows `features` besides level 1, and parts of extended state as AMD's
     /// processors with AVX-512 and protection keys have them.
     pub(in super::super) fn host(features: &str) -> CpuId {
-        let leaf = |function, index, [eax, ebx, ecx, edx]: [u32; 4]| kvm_cpuid_entry2 {
-            function,
-            index,
-            eax,
-            ebx,
-            ecx,
-            edx,
-            ..Default::default()
-        };
         let has = |name| features.split(' ').any(|feature| feature == name);
         let mut parts = vec![(2, 256, 576)];
         if has("avx512f") {
@@ -225,25 +229,25 @@ pub(super) mod tests {
         }
         let mask = parts.iter().fold(0b11, |mask, (part, _, _)| mask | 1 << part);
         let mut leaves = vec![
-            leaf(0, 0, [0x20, 0x6874_7541, 0x444d_4163, 0x6974_6e65]),
-            leaf(1, 0, [0x00a0_0f11, 0x0102_0800, 0, 0]),
-            leaf(6, 0, [0x77, 1, 1, 1]),
-            leaf(7, 0, [2, 0, 0, 0]),
-            leaf(7, 1, [0; 4]),
-            leaf(0xa, 0, [0x0730_0802, 0, 0, 0]),
-            leaf(0xb, 0, [0; 4]),
-            leaf(0xd, 0, [mask, 576, if has("pku") { 2440 } else { 832 }, 0]),
-            leaf(0xd, 1, [0, 0, 0x1000, 0]),
-            leaf(0xd, 12, [24, 0, 1, 0]),
-            leaf(0x4000_0001, 0, [0; 4]),
-            leaf(0x8000_0000, 0, [0x8000_0021, 0, 0, 0]),
-            leaf(0x8000_0001, 0, [0x00a0_0f11, 0, 0, 0x0183_f3ff]),
-            leaf(0x8000_0002, 0, [0x2044_4d41; 4]),
-            leaf(0x8000_0007, 0, [0; 4]),
-            leaf(0x8000_0008, 0, [0x3030, 0, 0x7001, 0]),
-            leaf(0x8000_0021, 0, [4, 0, 0, 0]),
+            entry(0, 0, [0x20, 0x6874_7541, 0x444d_4163, 0x6974_6e65]),
+            entry(1, 0, [0x00a0_0f11, 0x0102_0800, 0, 0]),
+            entry(6, 0, [0x77, 1, 1, 1]),
+            entry(7, 0, [2, 0, 0, 0]),
+            entry(7, 1, [0; 4]),
+            entry(0xa, 0, [0x0730_0802, 0, 0, 0]),
+            entry(0xb, 0, [0; 4]),
+            entry(0xd, 0, [mask, 576, if has("pku") { 2440 } else { 832 }, 0]),
+            entry(0xd, 1, [0, 0, 0x1000, 0]),
+            entry(0xd, 12, [24, 0, 1, 0]),
+            entry(0x4000_0001, 0, [0; 4]),
+            entry(0x8000_0000, 0, [0x8000_0021, 0, 0, 0]),
+            entry(0x8000_0001, 0, [0x00a0_0f11, 0, 0, 0x0183_f3ff]),
+            entry(0x8000_0002, 0, [0x2044_4d41; 4]),
+            entry(0x8000_0007, 0, [0; 4]),
+            entry(0x8000_0008, 0, [0x3030, 0, 0x7001, 0]),
+            entry(0x8000_0021, 0, [4, 0x0a00, 0, 0]),
         ];
-        leaves.extend(parts.into_iter().map(|(part, size, at)| leaf(0xd, part, [size, at, 0, 0])));
+        leaves.extend(parts.into_iter().map(|(part, size, at)| entry(0xd, part, [size, at, 0, 0])));
         let mut cpuid = CpuId::from_entries(&leaves).unwrap();
         let all = Features::named(LEVEL_1).with(Features::named(features));
         all.repeated_like(Features::of(&cpuid)).write(&mut cpuid);
@@ -252,7 +256,10 @@ pub(super) mod tests {
 
     /// What a host of AVX-512 shows.
     pub(in super::super) fn large() -> CpuId {
-        host(&format!("{LEVEL_2} {LEVEL_3} {LEVEL_4} {OF_KVM} pku aes nonstop_tsc amd_ibpb sha512"))
+        host(&format!(
+            "{LEVEL_2} {LEVEL_3} {LEVEL_4} {OF_KVM} pku aes nonstop_tsc amd_ibpb sha512 \
+               lfence_rdtsc"
+        ))
     }
 
     /// What a host of AVX2 shows.
@@ -262,10 +269,6 @@ pub(super) mod tests {
 
     fn made(host: &CpuId, text: &str) -> Processors {
         Processors::new(host, &toml::from_str(text).unwrap()).unwrap()
-    }
-
-    fn leaf(cpuid: &CpuId, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
-        cpuid.as_slice().iter().find(|e| e.function == function && e.index == index).copied()
     }
 
     #[test]
@@ -338,6 +341,9 @@ pub(super) mod tests {
         more.check().unwrap();
         assert!(Features::of(&more.cpuid).has(Features::named("aes sha512 popcnt")));
         assert_eq!(leaf(&more.cpuid, 7, 0).unwrap().eax, 1, "leaf 7 has a second part again");
+        let late = made(&large(), "base = 'x86-64-v2'\nadd = ['lfence_rdtsc']").cpuid;
+        assert_eq!(leaf(&late, 0x8000_0021, 0).map(|leaf| registers(&leaf)), Some([4, 0, 0, 0]));
+        assert_eq!(leaf(&late, 0x8000_0000, 0).unwrap().eax, 0x8000_0021);
         let less = Features::of(&made(&large(), "base = 'host'\nremove = ['avx']").cpuid);
         assert_eq!(less.common(Features::named("avx avx2 fma avx512f avx512vl")).names().len(), 0);
         assert!(less.has(Features::named("aes xsave pku nonstop_tsc")));

@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::CpuId;
 use kvm_ioctls::Cap;
-use migration::compat::{Profile, Rule, Terms};
+use migration::compat::{Item, Profile, Rule, Terms, Value};
 
+use super::count;
 use super::extended::{self, Part};
 use super::feature::{Features, WORDS};
 use super::promise::{self, Promises};
@@ -42,6 +43,15 @@ pub(crate) struct Platform {
 impl Platform {
     /// What the guest in `vm` depends on, whose `msrs` have these values.
     pub(crate) fn of_guest(vm: &Vm, seen: &Seen, msrs: &BTreeMap<u32, u64>) -> Self {
+        Self::known(seen, msrs, pci_memory(vm, seen))
+    }
+
+    /// The same of a guest whose base address registers can be there.
+    pub(super) fn known(
+        seen: &Seen,
+        msrs: &BTreeMap<u32, u64>,
+        pci_memory: Option<Range<u64>>,
+    ) -> Self {
         // A register that a host lacks reads as zero.
         let used = msrs.iter().filter(|&(_, &value)| value != 0);
         Self {
@@ -50,7 +60,7 @@ impl Platform {
             tsc_khz: seen.tsc_khz.into(),
             msrs: used.map(|(&index, _)| index.into()).collect(),
             promises: Promises::of_guest(msrs),
-            pci_memory: pci_memory(vm, seen),
+            pci_memory,
         }
     }
 
@@ -77,6 +87,21 @@ impl Platform {
         })
     }
 
+    /// What a guest wants of a host: the same without what fits any.
+    ///
+    /// A build that does not know of a thing takes a guest that has nothing of it.
+    pub(crate) fn wanted(&self) -> Profile {
+        let fits_any = |item: &&Item| match (item.rule, &item.value) {
+            (Rule::Subset, Value::Bits(words)) => words.iter().all(|word| *word == 0),
+            (Rule::Subset, Value::Numbers(numbers)) => numbers.is_empty(),
+            (Rule::AtLeast, Value::Number(number)) => *number == 0,
+            _ => false,
+        };
+        let profile = self.profile();
+        let wanted = profile.items().iter().filter(|item| !fits_any(item));
+        wanted.cloned().fold(Profile::new(), Profile::with_item)
+    }
+
     /// The same as items to compare.
     pub(crate) fn profile(&self) -> Profile {
         let Self { cpuid, xsave_bytes, tsc_khz, msrs, promises, pci_memory } = self;
@@ -93,7 +118,7 @@ impl Platform {
             .with(TSC_KHZ, Rule::Eq, *tsc_khz)
             .with(MSRS, Rule::Subset, msrs.clone())
             .with(PCI_MEMORY, Rule::Eq, pci_memory);
-        let profile = promises.add_to(profile);
+        let profile = count::add_to(promises.add_to(profile), cpuid);
         Features::of(cpuid).lasting().words().fold(profile, |profile, (word, bits)| {
             profile.with(format!("{FEATURES}{word}"), Rule::Subset, vec![u64::from(bits)])
         })
@@ -115,8 +140,7 @@ fn tsc_khz(own: u64, scales: bool, guest: Option<u64>) -> u64 {
 }
 
 fn vendor(cpuid: &CpuId) -> String {
-    let mut entries = cpuid.as_slice().iter();
-    let leaf: kvm_cpuid_entry2 = entries.find(|e| e.function == 0).copied().unwrap_or_default();
+    let leaf = cpuid::leaf(cpuid, 0, 0).unwrap_or_default();
     let text: Vec<u8> =
         [leaf.ebx, leaf.edx, leaf.ecx].iter().flat_map(|r| r.to_le_bytes()).collect();
     String::from_utf8_lossy(&text).into_owned()
@@ -131,6 +155,7 @@ impl Terms for ProcessorTerms {
             EXTENDED => Some(Part::describe(member)),
             MSRS => Some(format!("{member:#x}")),
             _ if promise::is_at(path) => promise::name(path, member),
+            _ if count::is_at(path) => Some(count::name(path, member)),
             _ => {
                 let word = path.strip_prefix(FEATURES)?;
                 let word = WORDS.iter().find(|known| known.name() == word)?;
@@ -163,7 +188,7 @@ impl Terms for ProcessorTerms {
                     "the guest relies on it: choose a host whose processors and kernel tell the \
                      same, or start the guest with a level as --cpu, which leaves this out"
                 }
-                _ if path.starts_with(FEATURES) => {
+                _ if count::is_at(path) || path.starts_with(FEATURES) => {
                     "choose a host that has what is wanted, or start the guest with a --cpu that \
                      all hosts can give ('uvmm doctor' tells)"
                 }

@@ -3,6 +3,8 @@
 // UNSAFETY: KVM writes as many bytes of extended state as it announced, not as many as it is told.
 #![expect(unsafe_code, reason = "KVM_GET_XSAVE2 and KVM_SET_XSAVE trust the buffer's size")]
 
+use std::collections::BTreeMap;
+
 use kvm_bindings::{
     CpuId, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs,
     kvm_sregs, kvm_vcpu_events, kvm_xcrs,
@@ -60,15 +62,24 @@ impl VcpuV1 {
     /// # Errors
     /// It shows features that a host which can show `host` lacks, or more leaves than KVM takes.
     pub(crate) fn seen(&self, host: &CpuId) -> Result<Seen, Error> {
-        let leaves: Vec<_> = self.cpuid.iter().map(|Leaf(entry)| *entry).collect();
-        let cpuid =
-            CpuId::from_entries(&leaves).map_err(|_| Error::TooManyCpuidEntries(leaves.len()))?;
+        let cpuid = self.cpuid()?;
         let lacking = Features::of(&cpuid).lasting().without(Features::of(host)).names();
         if !lacking.is_empty() {
             let model = "that the guest knows".to_owned();
             return Err(Error::CpuLacks { model, lacking: lacking.join(", ") });
         }
         Ok(Seen { cpuid, tsc_khz: self.tsc_khz })
+    }
+
+    /// What CPUID answers on it.
+    pub(super) fn cpuid(&self) -> Result<CpuId, Error> {
+        let leaves: Vec<_> = self.cpuid.iter().map(|Leaf(entry)| *entry).collect();
+        CpuId::from_entries(&leaves).map_err(|_| Error::TooManyCpuidEntries(leaves.len()))
+    }
+
+    /// Its model-specific registers, with their values.
+    pub(super) fn msrs(&self) -> BTreeMap<u32, u64> {
+        self.msrs.iter().copied().collect()
     }
 
     /// What its time-stamp counter was ahead of its host's, modulo 2^64, if it runs at a host's
@@ -143,6 +154,7 @@ pub(crate) fn save(kvm: &Kvm, fd: &VcpuFd) -> Result<VcpuV1, Error> {
 /// Makes a new vCPU what `state` says; gives the registers that are still to be written before it
 /// runs. Until then nothing writes to guest memory, which another process may have back.
 pub(crate) fn load(kvm: &Kvm, fd: &VcpuFd, state: VcpuV1) -> Result<Vec<(u32, u64)>, Error> {
+    let leaves = state.cpuid()?;
     let VcpuV1 {
         mp_state,
         regs,
@@ -153,15 +165,12 @@ pub(crate) fn load(kvm: &Kvm, fd: &VcpuFd, state: VcpuV1) -> Result<Vec<(u32, u6
         lapic,
         tsc_khz,
         tsc_offset: _needs_the_clock,
-        cpuid,
+        cpuid: _as_leaves,
         msrs,
         events,
     } = state;
-    let leaves: Vec<_> = cpuid.into_iter().map(|Leaf(entry)| entry).collect();
-    let cpuid =
-        CpuId::from_entries(&leaves).map_err(|_| Error::TooManyCpuidEntries(leaves.len()))?;
     // All later checks depend on it.
-    fd.set_cpuid2(&cpuid).map_err(Error::ioctl("KVM_SET_CPUID2"))?;
+    fd.set_cpuid2(&leaves).map_err(Error::ioctl("KVM_SET_CPUID2"))?;
     load_tsc_khz(fd, tsc_khz)?;
     fd.set_mp_state(mp_state).map_err(Error::ioctl("KVM_SET_MP_STATE"))?;
     // Clears pending exceptions, so before the events.

@@ -28,7 +28,7 @@ fn guest_of(base: CpuBase) -> Platform {
 }
 
 fn mismatches(guest: &Platform, host: &Platform) -> Vec<Mismatch> {
-    agree_in_terms(&guest.profile(), &host.profile(), &ProcessorTerms).err().unwrap_or_default()
+    agree_in_terms(&guest.wanted(), &host.profile(), &ProcessorTerms).err().unwrap_or_default()
 }
 
 #[test]
@@ -81,6 +81,37 @@ fn everything_that_differs_is_told_at_once_with_what_helps() {
     assert!(found("cpu/features/7.0-ebx").contains("avx512f"));
     assert!(found("cpu/arch-capabilities").contains("wanted rdcl_no, found a host without it"));
     assert_eq!(told.len(), 9, "{told:#?}");
+}
+
+#[test]
+fn counters_and_what_amd_tells_last_are_compared_as_well() {
+    let guest = platform(large());
+    let mut host = platform(large());
+    for entry in host.cpuid.as_mut_slice() {
+        match entry.function {
+            0xa => (entry.eax, entry.ebx) = (0x0730_0402, 0x20),
+            0x8000_0021 => entry.eax = 0,
+            _ => {}
+        }
+    }
+    let told = mismatches(&guest, &host);
+    let found: Vec<_> = told.iter().map(|m| (m.path.as_str(), m.wanted.as_str())).collect();
+    let counters = ("cpu/pmu/counters", "8");
+    let events = ("cpu/pmu/events", "branches");
+    let features = ("cpu/features/80000021.0-eax", "lfence_rdtsc");
+    assert_eq!(found, [counters, events, features]);
+    assert!(told.iter().all(|m| m.remedy.contains("--cpu")), "{told:#?}");
+}
+
+#[test]
+fn a_build_that_does_not_know_of_a_thing_takes_a_guest_that_has_nothing_of_it() {
+    let new = |path: &str| ["7.2-", "80000021.", "/pmu/"].iter().any(|part| path.contains(part));
+    let host = platform(large()).profile();
+    assert!(host.items().iter().any(|item| new(&item.path)));
+    let known = host.items().iter().filter(|item| !new(&item.path)).cloned();
+    let older = known.fold(Profile::new(), Profile::with_item);
+    agree_in_terms(&guest_of(CpuBase::V4).wanted(), &older, &ProcessorTerms).unwrap();
+    agree_in_terms(&platform(large()).wanted(), &older, &ProcessorTerms).unwrap_err();
 }
 
 #[test]
