@@ -24,4 +24,6 @@ mod session;
 pub mod signals;
 mod snapshot;
 mod strategy;
+#[doc(hidden)]
+pub mod testing;
 mod vcpu;

@@ -5,7 +5,6 @@
 //! random for as long as `UVMM_FUZZ_SECONDS` says, one second unless it is set. A script that fails
 //! is printed; put it into the corpus. So is the seed: `UVMM_SEED` gives it.
 
-#[path = "../../fuzz/random.rs"]
 mod random;
 
 use std::collections::BTreeMap;

@@ -172,7 +172,7 @@ impl Assigned {
 
 /// The devices of a guest by id, with their slots.
 #[derive(Serialize, Deserialize)]
-struct AssignedV1 {
+pub(crate) struct AssignedV1 {
     devices: Vec<(DeviceId, u8)>,
 }
 

@@ -21,7 +21,7 @@ use migration::state::{Migratable, StateError, StateReader, StateWriter};
 pub(crate) use alarm::Alarm;
 pub(crate) use assemble::Error;
 pub(crate) use assemble::HostSide;
-pub(crate) use assigned::Assigned;
+pub(crate) use assigned::{Assigned, AssignedV1};
 
 use crate::arch::clock::{self, ClockV1};
 use crate::arch::irqchip::{self, IrqchipV1};

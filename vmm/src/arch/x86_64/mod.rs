@@ -7,8 +7,6 @@ pub(crate) mod cpuid;
 pub(crate) mod extended;
 pub(crate) mod feature;
 pub(crate) mod irqchip;
-#[cfg(test)]
-mod junk;
 pub(crate) mod layout;
 pub(crate) mod model;
 pub(crate) mod mptable;
@@ -17,4 +15,5 @@ mod pci_aml;
 pub(crate) mod profile;
 mod promise;
 pub(crate) mod regs;
+pub(crate) mod testing;
 pub(crate) mod vcpu;

@@ -35,9 +35,16 @@ pub(super) struct Guest {
 
 impl Guest {
     /// In the memory that is given, or else in its own.
-    pub(super) fn new(given: Option<File>) -> Self {
-        let file = FileOffset::new(given.unwrap_or_else(memory), 0);
-        let ram = Ram::from_ranges_with_files([(GuestAddress(0), SIZE, Some(file))]);
+    pub(super) fn new(given: Option<Vec<File>>) -> Self {
+        let mut start = 0;
+        let regions = given.unwrap_or_else(|| vec![memory()]).into_iter().map(|file| {
+            let bytes = file.metadata().expect("a file").len();
+            let len = usize::try_from(bytes).expect("a little memory");
+            let region = (GuestAddress(start), len, Some(FileOffset::new(file, 0)));
+            start += bytes;
+            region
+        });
+        let ram = Ram::from_ranges_with_files(regions.collect::<Vec<_>>());
         let ram = ram.expect("a little memory");
         Self { ram, dirty: DirtySet::new(), plan: Plan::new(), runs: 0 }
     }
@@ -100,7 +107,11 @@ pub(super) struct Empty;
 impl Host for Empty {
     type Guest = Guest;
 
-    fn prepare(&mut self, offer: &Offer, memory: Option<File>) -> Result<Guest, Vec<Mismatch>> {
+    fn prepare(
+        &mut self,
+        offer: &Offer,
+        memory: Option<Vec<File>>,
+    ) -> Result<Guest, Vec<Mismatch>> {
         agree(&offer.profile, &profile())?;
         Ok(Guest::new(memory))
     }
