@@ -220,8 +220,10 @@ impl<S: Stream + 'static, G: Arriving> Arrival<'_, '_, S, G> {
     /// RUNNING, answered by DONE. If the source does not hear, it asks, and is answered.
     fn say_running(&mut self, seat: &Seat, answering: Option<&Answering>) {
         self.peer.set_cancel(Cancel::new());
+        self.peer.set_deadline(Some(Instant::now() + self.patience.running));
         let said = self.peer.send(&Message::Running(self.token));
         let heard = said.and_then(|()| self.peer.receive_message(self.patience.running));
+        self.peer.set_deadline(None);
         match heard {
             Ok(Message::Done(token)) if token == self.token => {
                 seat.lock().done();

@@ -58,13 +58,14 @@ pub trait Host {
     /// Whatever can refuse must do so here. Called again for the next offer where one came to
     /// nothing; the machine of the earlier one is dropped by then. Offers are not trusted.
     ///
-    /// Where the memory comes as a file, that is of the size that the offer tells of, and can never
-    /// be of another; its regions are in it one behind the other. The source has it too, and may
-    /// run the guest again: until [`Arriving::run`] nobody here may write to it.
+    /// Where the memory comes as files, they are of whole pages and together of the size that the
+    /// offer tells of, and can never be of another; its ranges are in them one behind the other.
+    /// The source has them too, and may run the guest again: until [`Arriving::run`] nobody here may
+    /// write to them.
     fn prepare(
         &mut self,
         offer: &Offer,
-        memory: Option<File>,
+        memory: Option<Vec<File>>,
     ) -> Result<Self::Guest, Vec<Mismatch>>;
 }
 

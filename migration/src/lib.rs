@@ -95,7 +95,7 @@
 //! ```text
 //!     share   SHARE ──────────────────────────────────────► after HELLO, over a Unix socket
 //!                   ◄────────────────────────────────────── PASS
-//!             one byte, and the file that is the memory ──► check its size and seals, map it
+//!             one byte, and the files of the memory ──► check their size and seals, map them
 //!             OFFER and so on; no memory flows, and STATE is the first to come
 //! ```
 //!

@@ -13,8 +13,8 @@ pub struct Patience {
     /// For the destination to build the machine and answer the offer.
     pub prepare: Duration,
     /// For a byte of a transfer that goes on, and once more for all of the state, with a second for
-    /// each MiB of it; also for the destination to load the state, and for
-    /// the source to get through its steps.
+    /// each MiB of it, and for the other connections to end when it came; also for the destination
+    /// to load the state, and for the source to get through its steps.
     pub silence: Duration,
     /// For all of it, once the guest is stopped and until the destination is ready.
     pub stopped: Duration,

@@ -5,10 +5,9 @@ mod leaving;
 
 use devices::pci::identity::Identity;
 use migration::compat::{Profile, Rule};
-use migration::ram::Ram;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use arriving::{Awaiting, Builder, Settler};
+pub(crate) use arriving::{Awaiting, Builder, Runs, Settler};
 pub(crate) use leaving::{Leaving, Stays, Traits};
 
 use crate::config::{DeviceId, MachineConfig};
@@ -51,6 +50,14 @@ impl Blueprint {
     }
 }
 
+/// Reads `bytes` as a blueprint; panics if what can be read differs when it is written again.
+pub(crate) fn read_blueprint(bytes: &[u8]) {
+    let Ok(blueprint) = Blueprint::decode(bytes) else { return };
+    let again = Blueprint::decode(&blueprint.encode()).expect("what was written can be read");
+    assert!(again == blueprint, "it became another: {blueprint:?}, {again:?}");
+    let _may_not_fit = blueprint.machine.check();
+}
+
 /// What the paths of the host's devices begin with in a profile.
 const DEVICES: &str = "device/";
 
@@ -68,11 +75,6 @@ fn with_device(profile: Profile, id: &DeviceId, rule: Rule, identity: &Identity)
         .with(format!("{path}/bars"), rule, bars.as_str())
         .with(format!("{path}/interrupts"), rule, interrupts.as_str())
         .with(format!("{path}/capabilities"), rule, capabilities.as_str())
-}
-
-fn regions(ram: &Ram) -> Vec<(u64, u64)> {
-    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-    ram.iter().map(|region| (region.start_addr().0, region.len())).collect()
 }
 
 #[cfg(test)]
@@ -114,12 +116,10 @@ mod tests {
             at in 0..FIRST.len(),
             cut in 0..8usize,
         ) {
-            let _ = Blueprint::decode(&junk);
+            read_blueprint(&junk);
             let mut bytes = FIRST.as_bytes().to_vec();
             bytes.splice(at..FIRST.len().min(at + cut), junk);
-            if let Ok(blueprint) = Blueprint::decode(&bytes) {
-                prop_assert!(Blueprint::decode(&blueprint.encode()).unwrap() == blueprint);
-            }
+            read_blueprint(&bytes);
         }
     }
 

@@ -27,7 +27,7 @@ use crate::control::{
     Replier, Undecided,
 };
 use crate::event::{Event, Events};
-use crate::guest::{Awaiting, Builder, Leaving};
+use crate::guest::{Awaiting, Builder, Leaving, Runs};
 
 /// How often whoever asked for a migration is told how far it is.
 const PROGRESS: Duration = Duration::from_millis(100);
@@ -37,11 +37,13 @@ const PROGRESS: Duration = Duration::from_millis(100);
 pub(crate) struct Underway {
     pub(crate) cancel: Cancel,
     progress: Arc<Mutex<Progress>>,
+    /// Whether a guest on its way in was let run.
+    pub(crate) runs: Runs,
 }
 
 impl Underway {
     pub(crate) fn new() -> Self {
-        Self { cancel: Cancel::new(), progress: Arc::default() }
+        Self { cancel: Cancel::new(), progress: Arc::default(), runs: Runs::default() }
     }
 
     /// How far it is.
@@ -256,7 +258,7 @@ fn arrive<L: Listener + 'static>(
     record: FileRecord,
     events: Events,
 ) -> io::Result<Underway> {
-    let underway = Underway::new();
+    let underway = Underway { runs: builder.runs(), ..Underway::new() };
     let mut meter = Meter::new(&underway);
     let cancel = underway.cancel.clone();
     Thread::new().name("migration".into()).spawn(move || {

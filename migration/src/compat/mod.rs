@@ -95,7 +95,7 @@ pub struct Offer {
     pub config: Vec<u8>,
     /// What the machine is made of.
     pub profile: Profile,
-    /// Guest memory: start and length in bytes of each region, by address. The engine fills it in.
+    /// Guest memory: start and length in bytes of each range, by address. The engine fills it in.
     pub ram: Vec<(u64, u64)>,
 }
 

@@ -151,7 +151,7 @@ struct Asked {
     dry_run: bool,
     streams: u8,
     /// The memory itself, where it is shared. Not checked.
-    memory: Option<File>,
+    memory: Option<Vec<File>>,
 }
 
 /// What whoever connected wants, who said `message` first: nothing if it was answered.
@@ -168,7 +168,7 @@ fn asked<S: Stream>(
             peer.give_up("memory is shared only over a Unix socket");
             return Ok(None);
         }
-        memory = Some(peer.take_file(patience.greeting)?);
+        memory = Some(peer.take_files(patience.greeting)?);
         message = peer.receive_message(patience.greeting)?;
     }
     let most = if memory.is_some() { 1 } else { MOST_STREAMS };
@@ -192,7 +192,7 @@ fn asked<S: Stream>(
 pub(crate) fn prepare<H: Host>(
     host: &mut H,
     offer: &Offer,
-    memory: Option<File>,
+    memory: Option<Vec<File>>,
 ) -> Result<H::Guest, Vec<Mismatch>> {
     if let Some(memory) = &memory {
         shared::check(memory, offer)?;

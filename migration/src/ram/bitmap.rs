@@ -164,16 +164,27 @@ impl PageBitmap {
     /// # Panics
     /// If `pages` is no multiple of 64.
     pub fn windows(&self, pages: usize) -> impl Iterator<Item = Window<'_>> {
+        self.windows_by_region(pages).flatten()
+    }
+
+    /// The same, for each region of the memory.
+    ///
+    /// # Panics
+    /// If `pages` is no multiple of 64.
+    pub fn windows_by_region(
+        &self,
+        pages: usize,
+    ) -> impl ExactSizeIterator<Item = impl Iterator<Item = Window<'_>>> {
         assert!(pages > 0 && pages.is_multiple_of(WORD), "windows are made of whole words");
-        let parts = self.regions.iter().flat_map(move |region| {
+        self.regions.iter().map(move |region| {
             let parts = (0..).step_by(pages).zip(region.words.chunks(pages / WORD));
-            parts.map(move |(first, words)| Window {
+            let parts = parts.map(move |(first, words)| Window {
                 start: GuestAddress(region.start + first as u64 * PAGE),
                 pages: pages.min(region.pages - first),
                 words,
-            })
-        });
-        parts.filter(|part| part.words.iter().any(|&word| word != 0))
+            });
+            parts.filter(|part| part.words.iter().any(|&word| word != 0))
+        })
     }
 
     fn words(&self) -> impl Iterator<Item = u64> + '_ {

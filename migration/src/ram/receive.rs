@@ -1,6 +1,5 @@
 //! Frames to pages. What a peer says about addresses is not trusted.
 
-use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::{self, Builder, scope};
 use std::time::{Duration, Instant};
@@ -10,7 +9,7 @@ use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
 use super::arrivals::Arrivals;
 use super::{PAGE_BYTES, Ram, Run, backing};
-use crate::patience::{Cancel, TICK};
+use crate::patience::Cancel;
 use crate::policy::MOST_ROUNDS;
 use crate::progress::{Progress, Stage};
 use crate::wire::{Channel, Lanes, Message, PeerError, Received, Stream, culprit};
@@ -21,24 +20,8 @@ const ROUNDS: u32 = 10 * MOST_ROUNDS;
 /// After how many bytes of zeros a wish to stop is looked for.
 const HEED: usize = 1 << 20;
 
-/// How what comes gets into memory. A file lets in one at a time, so one connection has it and the
-/// others need not wait there.
-#[derive(Clone, Copy)]
-enum Way {
-    /// Straight into the file behind memory, which makes its pages of what comes.
-    File,
-    /// Into the mapping, whose pages are made first.
-    Mapping,
-}
-
-impl Way {
-    fn backing(self, ram: &Ram, run: Run) -> Option<(&File, u64)> {
-        match self {
-            Self::File => backing(ram, run.start),
-            Self::Mapping => None,
-        }
-    }
-}
+/// How late it may be noticed that all connections are at the same point.
+const NAP: Duration = Duration::from_millis(1);
 
 type Slice<'a> = VolatileSlice<'a, BS<'a, vm_memory::bitmap::AtomicBitmap>>;
 
@@ -50,6 +33,8 @@ pub(crate) struct Passes<'a> {
     broken: Cancel,
     /// How often a lane, any of them, told that a pass ends.
     rounds: AtomicU32,
+    /// How many lanes have ended.
+    over: AtomicU32,
     /// The pages that came at all.
     arrivals: Arrivals,
     /// Bytes of the guest that came.
@@ -66,6 +51,7 @@ impl<'a> Passes<'a> {
             silence,
             broken,
             rounds: AtomicU32::new(0),
+            over: AtomicU32::new(0),
             arrivals: Arrivals::none(ram),
             pages: AtomicU64::new(0),
             ended: AtomicBool::new(false),
@@ -126,7 +112,8 @@ impl<'a> Passes<'a> {
             match received {
                 Received::Message(Message::Alive) => {}
                 Received::Message(Message::RoundEnd) => {
-                    self.await_round(peer, progress.round.saturating_mul(lanes))?;
+                    let ends = progress.round.saturating_mul(lanes);
+                    self.await_lanes(peer, &self.rounds, ends, "a pass")?;
                     peer.send(&Message::RoundTaken)?;
                     if progress.round == ROUNDS {
                         return Err(peer.garbage(format!("more than {ROUNDS} passes of memory")));
@@ -137,9 +124,11 @@ impl<'a> Passes<'a> {
                 Received::Message(other) => return Err(peer.unexpected(&other)),
                 Received::State(state) => {
                     self.ended.store(true, Ordering::Release);
+                    // A source waits no longer either; what drips is not waited for.
+                    self.await_lanes(peer, &self.over, lanes, "its other connections")?;
                     return Ok((state, progress.round));
                 }
-                memory => self.take(peer, &memory, Way::File)?,
+                memory => self.take(peer, &memory)?,
             }
             progress.round_done = self.pages.load(Ordering::Relaxed) - before;
             progress.bytes_sent = peer.bytes();
@@ -160,39 +149,43 @@ impl<'a> Passes<'a> {
                 Received::Message(Message::RoundEnd) => {
                     self.rounds.fetch_add(1, Ordering::Release);
                 }
-                Received::Message(Message::End(totals)) if totals == peer.totals() => return Ok(()),
+                Received::Message(Message::End(totals)) if totals == peer.totals() => {
+                    self.over.fetch_add(1, Ordering::Release);
+                    return Ok(());
+                }
                 Received::Message(other) => return Err(peer.unexpected(&other)),
                 Received::State(_) => return Err(peer.garbage("state".into())),
-                memory => self.take(peer, &memory, Way::Mapping)?,
+                memory => self.take(peer, &memory)?,
             }
         };
         receive().inspect_err(|_| self.broken.cancel())
     }
 
-    /// Waits until the lanes have told `ends` times that a pass ends: nothing of it comes later.
-    fn await_round<S: Stream>(&self, peer: &Channel<S>, ends: u32) -> Result<(), PeerError> {
+    /// Waits until the lanes have told `ends` times that `what` ends: nothing of it comes later.
+    fn await_lanes<S: Stream>(
+        &self,
+        peer: &Channel<S>,
+        told: &AtomicU32,
+        ends: u32,
+        what: &'static str,
+    ) -> Result<(), PeerError> {
         let start = Instant::now();
         let mut nap = Duration::from_micros(20);
-        while self.rounds.load(Ordering::Acquire) < ends {
+        while told.load(Ordering::Acquire) < ends {
             if start.elapsed() > self.silence {
-                return Err(peer.stalled(start.elapsed()));
+                return Err(peer.slow(what, self.silence));
             }
             peer.look_up()?;
             thread::sleep(nap);
-            nap = (nap * 2).min(TICK);
+            nap = (nap * 2).min(NAP);
         }
         Ok(())
     }
 
-    fn take<S: Stream>(
-        &self,
-        peer: &mut Channel<S>,
-        memory: &Received,
-        way: Way,
-    ) -> Result<(), PeerError> {
+    fn take<S: Stream>(&self, peer: &mut Channel<S>, memory: &Received) -> Result<(), PeerError> {
         let run = match *memory {
             Received::Ram { run, checked, packed } => {
-                let file = way.backing(self.ram, run);
+                let file = backing(self.ram, run.start);
                 peer.read_ram(&slice(peer, self.ram, run)?, file, checked, packed)?;
                 run
             }
@@ -212,24 +205,32 @@ impl<'a> Passes<'a> {
 ///
 /// Few bytes of a peer can ask for much work here, so a wish to stop is heeded in between.
 pub(crate) fn zero<S: Stream>(peer: &Channel<S>, ram: &Ram, run: Run) -> Result<(), PeerError> {
-    let memory = slice(peer, ram, run)?;
-    for at in (0..memory.len()).step_by(PAGE_BYTES) {
-        if at % HEED == 0 {
-            peer.look_up()?;
-        }
-        if memory.bitmap().dirty_at(at) {
-            let page = memory.subslice(at, PAGE_BYTES).expect("a run is made of whole pages");
-            page.copy_from(&[0; PAGE_BYTES]);
+    let size = usize::try_from(run.len).map_err(|_| nowhere(peer, run))?;
+    // Regions may meet within it: how they lie at the source is not known here.
+    for memory in ram.get_slices(run.start, size) {
+        let memory = memory.map_err(|_| nowhere(peer, run))?;
+        for at in (0..memory.len()).step_by(PAGE_BYTES) {
+            if at % HEED == 0 {
+                peer.look_up()?;
+            }
+            if memory.bitmap().dirty_at(at) {
+                let page = memory.subslice(at, PAGE_BYTES).expect("a run is made of whole pages");
+                page.copy_from(&[0; PAGE_BYTES]);
+            }
         }
     }
     Ok(())
 }
 
+/// The memory that content comes for: within a portion, and so within a region.
 fn slice<'a, S: Stream>(peer: &Channel<S>, ram: &'a Ram, run: Run) -> Result<Slice<'a>, PeerError> {
     let size = usize::try_from(run.len).ok();
-    size.and_then(|size| ram.get_slice(run.start, size).ok()).ok_or_else(|| {
-        peer.garbage(format!("{} bytes at {:#x}, where no memory is", run.len, run.start.0))
-    })
+    let slice = size.and_then(|size| ram.get_slice(run.start, size).ok());
+    slice.ok_or_else(|| nowhere(peer, run))
+}
+
+fn nowhere<S: Stream>(peer: &Channel<S>, run: Run) -> PeerError {
+    peer.garbage(format!("{} bytes at {:#x}, where no memory is", run.len, run.start.0))
 }
 
 #[cfg(test)]
@@ -256,6 +257,20 @@ mod tests {
         let memory = ram.get_slice(GuestAddress(0), 3 * PAGE_BYTES).unwrap();
         let written = [0, 1, 2].map(|page| memory.bitmap().dirty_at(page * PAGE_BYTES));
         assert_eq!(written, [false, true, false]);
+    }
+
+    #[test]
+    fn zeros_may_cross_from_region_to_region_but_not_leave_memory() {
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let peer = Channel::new(stream, Duration::from_secs(1), Cancel::new()).unwrap();
+        let regions = [0, 2 * PAGE].map(|start| (GuestAddress(start), 2 * PAGE_BYTES));
+        let ram = Ram::from_ranges(&regions).unwrap();
+        ram.write_slice(&[1; 4 * PAGE_BYTES], GuestAddress(0)).unwrap();
+        zero(&peer, &ram, Run { start: GuestAddress(PAGE), len: 2 * PAGE }).unwrap();
+        let first = |page: u64| ram.read_obj::<u8>(GuestAddress(page * PAGE)).unwrap();
+        assert_eq!([0, 1, 2, 3].map(first), [1, 0, 0, 1]);
+        let beyond = zero(&peer, &ram, Run { start: GuestAddress(3 * PAGE), len: 2 * PAGE });
+        assert!(matches!(beyond, Err(PeerError::Garbage { .. })), "{beyond:?}");
     }
 
     #[test]

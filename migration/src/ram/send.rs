@@ -1,8 +1,10 @@
 //! Pages to frames: long runs as large frames, zero pages as a word about them.
 //!
-//! All connections take from one queue of pages, in order of address, so that each always has
-//! something to send and none more than it can. The queue has the dirty sources forget a window of
-//! pages when the first of them is taken: what is written after that is for the next pass.
+//! Each region of memory is a queue of pages, in order of address. The connections begin in
+//! different regions, because a file lets in one writer at a time and each region may be a file of
+//! its own where they arrive; whoever is done helps the others, so that each always has something
+//! to send and none more than it can. A queue has the dirty sources forget a window of pages when
+//! the first of them is taken: what is written after that is for the next pass.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -12,7 +14,7 @@ use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::holes::Holes;
-use super::{DirtySet, PAGE, PAGE_BYTES, PageBitmap, Ram, Run, Window};
+use super::{DirtySet, PAGE, PAGE_BYTES, PORTION, PageBitmap, Ram, Run, Window};
 use crate::error::Error;
 use crate::patience::Cancel;
 use crate::wire::{Channel, FRAME_LIMIT, Lanes, Pace, PeerError, Stream, culprit};
@@ -21,9 +23,9 @@ use crate::wire::{Channel, FRAME_LIMIT, Lanes, Pace, PeerError, Stream, culprit}
 const GLANCE: usize = 512;
 /// The most pieces that are taken from the queue at once.
 const PIECES: usize = 64;
-/// Pages that are forgotten in one go: 16 MiB. Each window may cost a call into the kernel that
-/// interrupts all vCPUs; and what is written between that call and the sending is sent twice.
-const WINDOW: usize = 4096;
+/// Pages that are forgotten in one go. Each window may cost a call into the kernel that interrupts
+/// all vCPUs; and what is written between that call and the sending is sent twice.
+const WINDOW: usize = (PORTION / PAGE) as usize;
 
 /// A pass over memory.
 pub(crate) struct Pass<'a> {
@@ -52,7 +54,8 @@ pub(crate) struct Sent {
 /// What the connections share.
 struct Shared<'a, I> {
     pass: &'a Pass<'a>,
-    queue: Mutex<I>,
+    /// What is left of each region.
+    queues: Vec<Mutex<I>>,
     pages: AtomicU64,
     content: AtomicU64,
     broken: Cancel,
@@ -68,15 +71,16 @@ pub(crate) fn send<S: Stream>(
     mut told: impl FnMut(Sent),
 ) -> Result<(), Error> {
     let mut unknown = None;
-    let forget =
-        |window: &Window<'_>| dirty.forget(window).map_err(|error| unknown = Some(error)).is_ok();
-    let streams = 1 + lanes.iter_mut().len() as u64;
+    let forget = Mutex::new(|window: &Window<'_>| {
+        unknown.is_none() && dirty.forget(window).map_err(|error| unknown = Some(error)).is_ok()
+    });
+    let streams = 1 + lanes.iter_mut().len();
     let most = lock(pass.pace)
-        .fair_share(streams)
+        .fair_share(streams as u64)
         .map_or(pass.most, |share| (share / PAGE * PAGE).clamp(PAGE, pass.most));
     let shared = Shared {
         pass,
-        queue: Mutex::new(pieces(pass, most, forget)),
+        queues: queues(pass, most, &forget).map(Mutex::new).collect(),
         pages: AtomicU64::new(0),
         content: AtomicU64::new(0),
         broken: lanes.broken.clone(),
@@ -84,14 +88,15 @@ pub(crate) fn send<S: Stream>(
     let helpers = usize::try_from(pass.pages.count() * PAGE / most).unwrap_or(usize::MAX);
     scope(|threads| {
         let mut working = Vec::new();
-        for lane in lanes.iter_mut().take(helpers) {
-            let thread = Builder::new().name("lane".into());
-            match thread.spawn_scoped(threads, || shared.work(lane, |_| {})) {
+        for (lane, number) in lanes.iter_mut().take(helpers).zip(1..) {
+            let (thread, shared) = (Builder::new().name("lane".into()), &shared);
+            let first = number * shared.queues.len() / streams;
+            match thread.spawn_scoped(threads, move || shared.work(lane, first, |_| {})) {
                 Ok(thread) => working.push(thread),
                 Err(error) => tracing::warn!(%error, "no thread for a connection"),
             }
         }
-        let own = shared.work(peer, &mut told);
+        let own = shared.work(peer, 0, &mut told);
         let others = working.into_iter().map(|thread| thread.join().expect("sending never panics"));
         culprit([own].into_iter().chain(others)).map(drop)
     })?;
@@ -101,36 +106,27 @@ pub(crate) fn send<S: Stream>(
 }
 
 impl<I: Iterator<Item = (Run, bool)>> Shared<'_, I> {
-    /// Sends what is left in the queue, beside others who do.
+    /// Sends what is left in the queues, from the `first` on, beside others who do.
     fn work<S: Stream>(
         &self,
         peer: &mut Channel<S>,
+        first: usize,
         mut told: impl FnMut(Sent),
     ) -> Result<(), PeerError> {
+        let (later, queues) = self.queues.split_at(first);
         let mut work = || {
             let mut pieces = Vec::new();
-            loop {
-                self.take(&mut pieces);
-                if pieces.is_empty() {
-                    return peer.flush();
-                }
-                for piece in pieces.drain(..) {
-                    self.piece(peer, piece)?;
-                    told(self.sent());
+            for queue in queues.iter().chain(later) {
+                while take(queue, &mut pieces) {
+                    for piece in pieces.drain(..) {
+                        self.piece(peer, piece)?;
+                        told(self.sent());
+                    }
                 }
             }
+            peer.flush()
         };
         work().inspect_err(|_| self.broken.cancel())
-    }
-
-    /// Takes from the queue one large piece, or several small ones.
-    fn take(&self, pieces: &mut Vec<(Run, bool)>) {
-        let (mut queue, mut bytes) = (lock(&self.queue), 0);
-        while bytes < FRAME_LIMIT / 2 && pieces.len() < PIECES {
-            let Some(piece) = queue.next() else { return };
-            bytes += if piece.1 { piece.0.len } else { 0 };
-            pieces.push(piece);
-        }
     }
 
     fn piece<S: Stream>(&self, peer: &mut Channel<S>, piece: (Run, bool)) -> Result<(), PeerError> {
@@ -168,22 +164,36 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What there is to send, in pieces of at most `most` bytes that were touched, and of any size that
-/// were not. Ends early where `forget` fails, which is called before anything is known of a window:
-/// a page that is a hole now may be written to in a moment.
-fn pieces<'a>(
+/// Takes from `queue` one large piece, or several small ones: whether there was any left.
+fn take(queue: &Mutex<impl Iterator<Item = (Run, bool)>>, pieces: &mut Vec<(Run, bool)>) -> bool {
+    let (mut queue, mut bytes) = (lock(queue), 0);
+    while bytes < FRAME_LIMIT / 2 && pieces.len() < PIECES {
+        let Some(piece) = queue.next() else { break };
+        bytes += if piece.1 { piece.0.len } else { 0 };
+        pieces.push(piece);
+    }
+    !pieces.is_empty()
+}
+
+/// What there is to send of each region, in pieces of at most `most` bytes that were touched, and of
+/// any size that were not. Ends early where `forget` fails, which is called before anything is known
+/// of a window: a page that is a hole now may be written to in a moment.
+fn queues<'a>(
     pass: &Pass<'a>,
     most: u64,
-    forget: impl FnMut(&Window<'a>) -> bool + 'a,
-) -> impl Iterator<Item = (Run, bool)> + 'a {
-    let (mut holes, untouched) = (Holes::of(pass.ram), pass.untouched);
-    let windows = pass.pages.windows(WINDOW).take_while(forget);
-    let parts = windows
-        .flat_map(Window::runs)
-        .flat_map(move |run| if untouched { holes.parts(run) } else { vec![(run, true)] });
-    parts.flat_map(move |(run, touched)| {
-        let most = if touched { most } else { run.len };
-        chunks(run, most).map(move |run| (run, touched))
+    forget: &'a Mutex<impl FnMut(&Window<'a>) -> bool>,
+) -> impl Iterator<Item = impl Iterator<Item = (Run, bool)> + 'a> {
+    let (ram, untouched) = (pass.ram, pass.untouched);
+    pass.pages.windows_by_region(WINDOW).map(move |windows| {
+        let mut holes = Holes::of(ram);
+        let windows = windows.take_while(|window| lock(forget)(window)).fuse();
+        let parts = windows
+            .flat_map(Window::runs)
+            .flat_map(move |run| if untouched { holes.parts(run) } else { vec![(run, true)] });
+        parts.flat_map(move |(run, touched)| {
+            let most = if touched { most } else { run.len };
+            chunks(run, most).map(move |run| (run, touched))
+        })
     })
 }
 
@@ -284,7 +294,9 @@ mod tests {
             let page = GuestAddress(window.start.0 + 9 * PAGE);
             ram.write_obj(1u8, page).is_ok()
         };
-        let pieces = pieces(&pass_of(&ram, &all, &free), FRAME_LIMIT, write);
+        let write = Mutex::new(write);
+        let pass = pass_of(&ram, &all, &free);
+        let pieces = queues(&pass, FRAME_LIMIT, &write).flatten();
         let sent = pieces.filter_map(|(run, touched)| touched.then_some(run.start.0 / PAGE));
         let window = WINDOW as u64;
         assert_eq!(sent.collect::<Vec<_>>(), [9, window + 9, 2 * window + 9]);
@@ -299,10 +311,13 @@ mod tests {
         }
         let mut forgotten = PageBitmap::empty(&ram);
         let forget = |window: &Window<'_>| forgotten.merge(window.start, window.words).is_ok();
-        let sent: u64 = pieces(&pass_of(&ram, &some, &free), FRAME_LIMIT, forget)
-            .map(|(run, _)| run.len / PAGE)
-            .sum();
-        assert_eq!(sent, some.count());
+        let (pass, forget) = (pass_of(&ram, &some, &free), Mutex::new(forget));
+        let sent: Vec<_> =
+            queues(&pass, FRAME_LIMIT, &forget).flatten().map(|(run, _)| run).collect();
+        assert_eq!(sent.iter().map(|run| run.len / PAGE).sum::<u64>(), some.count());
+        let portion = |byte: u64| byte / PORTION;
+        let crossing = |run: &&Run| portion(run.start.0) != portion(run.start.0 + run.len - 1);
+        assert_eq!(sent.iter().find(crossing), None);
         assert_eq!(forgotten, some);
     }
 
@@ -315,7 +330,9 @@ mod tests {
             calls += 1;
             calls < 2
         };
-        let sent = pieces(&pass_of(&ram, &all, &free), FRAME_LIMIT, fail);
+        let fail = Mutex::new(fail);
+        let pass = pass_of(&ram, &all, &free);
+        let sent = queues(&pass, FRAME_LIMIT, &fail).flatten();
         assert_eq!(sent.map(|(run, _)| run.len).sum::<u64>(), WINDOW as u64 * PAGE);
     }
 

@@ -16,19 +16,20 @@ use crate::ram::shared;
 use crate::wire::{Channel, Message, PeerError, Stream};
 
 impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, C> {
-    /// SHARE, answered by PASS; then the file that is the memory.
+    /// SHARE, answered by PASS; then the files that are the memory.
     pub(super) fn share(&mut self, peer: &mut Channel<S>) -> Result<(), Error> {
         if !peer.is_local() {
-            let why = "files can be passed only over a Unix socket";
-            let unsupported = io::Error::new(io::ErrorKind::Unsupported, why);
-            return Err(Error::Unshareable(unsupported));
+            return Err(unshareable("files can be passed only over a Unix socket"));
         }
-        let memory = shared::file_of(self.custody.guest().ram()).map_err(Error::Unshareable)?;
+        let memory = shared::files_of(self.custody.guest().ram()).map_err(Error::Unshareable)?;
+        if memory.len() > peer.most_files() {
+            return Err(unshareable("it is in several files, and the destination takes one"));
+        }
         peer.now("before it took the memory");
         let pass = |peer: &mut Channel<S>| {
             peer.send(&Message::Share)?;
             match peer.receive_message(self.options.patience.greeting)? {
-                Message::Pass => peer.pass_file(&memory),
+                Message::Pass => peer.pass_files(&memory),
                 other => Err(peer.unexpected(&other)),
             }
         };
@@ -47,4 +48,8 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         self.report.outcome = Some(Outcome::Converged);
         self.quiesce(peer)
     }
+}
+
+fn unshareable(why: &str) -> Error {
+    Error::Unshareable(io::Error::new(io::ErrorKind::Unsupported, why))
 }

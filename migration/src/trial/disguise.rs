@@ -1,6 +1,7 @@
 //! The source's end of a connection whose sides take each other for other builds.
 
 use std::io::{self, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -85,5 +86,8 @@ impl Stream for Disguised {
     }
     fn peer(&self) -> String {
         "another build".into()
+    }
+    fn local(&self) -> Option<BorrowedFd<'_>> {
+        self.stream.local()
     }
 }

@@ -29,15 +29,14 @@ pub(super) fn ram(low_pages: u64) -> Ram {
     Ram::from_ranges(&ranges).unwrap()
 }
 
-/// The same, in a file.
-pub(super) fn mapped(low_pages: u64, file: &File) -> Ram {
-    let part = |pages: u64, offset: u64| {
-        let file = FileOffset::new(file.try_clone().unwrap(), offset * PAGE);
-        (usize::try_from(pages * PAGE).unwrap(), Some(file))
+/// The same, in two files: what is low, and what is high.
+pub(super) fn mapped(files: &[File]) -> Ram {
+    let [low, high] = files else { panic!("{} files", files.len()) };
+    let region = |start, file: &File| {
+        let bytes = usize::try_from(file.metadata().unwrap().len()).unwrap();
+        (GuestAddress(start), bytes, Some(FileOffset::new(file.try_clone().unwrap(), 0)))
     };
-    let ((low, at), (high, above)) = (part(low_pages, 0), part(HIGH_PAGES, low_pages));
-    let ranges = [(GuestAddress(0), low, at), (GuestAddress(HIGH), high, above)];
-    Ram::from_ranges_with_files(ranges).unwrap()
+    Ram::from_ranges_with_files([region(0, low), region(HIGH, high)]).unwrap()
 }
 
 pub(super) fn content(ram: &Ram) -> Vec<u8> {
@@ -348,7 +347,7 @@ impl Host for FakeHost {
     fn prepare(
         &mut self,
         offer: &Offer,
-        memory: Option<File>,
+        memory: Option<Vec<File>>,
     ) -> Result<FakeArrival, Vec<Mismatch>> {
         let device = if self.fault == Fault::Mismatch { "radio" } else { "lamp" };
         let have = Profile::new().with("device", Rule::Eq, device).with("cpus", Rule::Eq, 1);
@@ -357,7 +356,7 @@ impl Host for FakeHost {
             _ => Format::of::<CounterV1>().read(have),
         };
         agree(&offer.profile, &have)?;
-        let ram = memory.map_or_else(|| ram(self.low_pages), |file| mapped(self.low_pages, &file));
+        let ram = memory.map_or_else(|| ram(self.low_pages), |files| mapped(&files));
         Ok(FakeArrival { ram, count: 0, host: self.clone() })
     }
 }

@@ -21,7 +21,7 @@ use crate::source::{Options, send};
 pub(super) fn patience() -> Patience {
     let milliseconds = Duration::from_millis;
     Patience {
-        greeting: milliseconds(400),
+        greeting: milliseconds(2000),
         prepare: milliseconds(2000),
         silence: milliseconds(2000),
         stopped: milliseconds(5000),

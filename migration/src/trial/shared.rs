@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::disguise::Disguised;
 use super::fake::{FakeArrival, FakeGuest, FakeHost, Fault, HIGH_PAGES, LOW_PAGES, World};
 use super::fake::{content, mapped};
 use super::faults::assert_decided;
@@ -26,7 +27,7 @@ use crate::record::NoRecord;
 use crate::report::Report;
 use crate::source::{Options, send};
 use crate::state::StateWriter;
-use crate::wire::{Channel, Message};
+use crate::wire::{Channel, Message, VERSIONS};
 
 const SEALED: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
@@ -34,16 +35,18 @@ fn shared() -> Options {
     Options { shared: true, streams: 4, ..options() }
 }
 
-fn memory(seals: SealFlags) -> File {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let file = File::from(memfd_create("guest", flags).unwrap());
-    file.set_len((LOW_PAGES + HIGH_PAGES) * PAGE).unwrap();
-    fcntl_add_seals(&file, seals).unwrap();
-    file
+fn memory(seals: SealFlags) -> [File; 2] {
+    [LOW_PAGES, HIGH_PAGES].map(|pages| {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(memfd_create("guest", flags).unwrap());
+        file.set_len(pages * PAGE).unwrap();
+        fcntl_add_seals(&file, seals).unwrap();
+        file
+    })
 }
 
 fn guest(world: &Arc<World>, fault: Fault, seals: SealFlags) -> FakeGuest {
-    FakeGuest::in_memory(world, fault, mapped(LOW_PAGES, &memory(seals)))
+    FakeGuest::in_memory(world, fault, mapped(&memory(seals)))
 }
 
 fn watch<T>(cancel: Cancel, act: impl FnOnce(Watch<'_>) -> T) -> T {
@@ -179,6 +182,23 @@ fn memory_is_shared_by_whoever_can_or_not_at_all() {
 }
 
 #[test]
+fn memory_in_several_files_is_passed_only_to_those_who_take_them() {
+    for (version, arrives) in [(2, false), (3, true)] {
+        let world = Arc::default();
+        let mut guest = guest(&world, Fault::None, SEALED);
+        let (sent, arrived) = beside(host(&world, Fault::None), |path| {
+            let older = [(VERSIONS.0, version); 2];
+            let connect = || Ok(Disguised::new(UnixStream::connect(path)?, older));
+            watch(Cancel::new(), |watch| send(&mut guest, connect, &shared(), watch))
+        });
+        assert_eq!(arrived.is_ok(), arrives);
+        assert_eq!(world.runners(), (!arrives, arrives));
+        let error = sent.err().map(|failure| one_line(&*failure)).unwrap_or_default();
+        assert_eq!(error.contains("several files, and the destination takes one"), !arrives);
+    }
+}
+
+#[test]
 fn a_destination_that_takes_no_memory_is_told_of_with_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
@@ -217,7 +237,7 @@ fn a_peer_that_shares_memory_and_lies_gets_nowhere() {
     let offered = |peer: &mut Channel<UnixStream>, guest: &FakeGuest, streams| {
         peer.send(&Message::Share).unwrap();
         assert_eq!(peer.receive_message(limit).unwrap(), Message::Pass);
-        peer.pass_file(&memory(SEALED)).unwrap();
+        peer.pass_files(&memory(SEALED)).unwrap();
         let offer = crate::compat::Offer { ram: crate::ram::layout(&guest.ram), ..guest.offer() };
         peer.send(&Message::Offer { offer, dry_run: false, streams }).unwrap();
         peer.receive_message(limit)

@@ -1,5 +1,6 @@
 //! Memory over several connections, any of which can break, come late, twice or never.
 
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
@@ -21,7 +22,7 @@ use crate::progress::{Progress, Watch};
 use crate::ram::{PAGE, Run, layout};
 use crate::record::NoRecord;
 use crate::source::Options;
-use crate::wire::{Channel, MOST_STREAMS, Message, PeerError, Received, Totals};
+use crate::wire::{Channel, Frame, MOST_STREAMS, Message, PeerError, Received, Totals};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -66,8 +67,10 @@ fn a_busy_guest_arrives_over_any_number_of_connections() {
 
 #[test]
 fn every_connection_has_its_part() {
+    // Slow enough for each to come to the queues before the others have emptied them.
+    let options = Options { bandwidth_limit: Some(8 << 20), ..options() };
     for which in 0..3 {
-        let tried = moved(4000, 3, (which, Limits::NONE), false);
+        let tried = moved_with(4000, 3, (which, Limits::NONE), false, options);
         tried.assert_there();
         let (out, _) = tried.passed;
         assert!(out > 1 << 18, "only {out} bytes went over connection {which}");
@@ -116,7 +119,8 @@ fn a_connection_that_falls_silent_ends_it_in_time() {
     for which in 1..3 {
         let start = Instant::now();
         let hole = Limits { out: 200_000, back: usize::MAX, how: Break::Hole };
-        let tried = moved(3000, 3, (which, hole), false);
+        let options = Options { bandwidth_limit: Some(8 << 20), ..options() };
+        let tried = moved_with(3000, 3, (which, hole), false, options);
         assert_decided(&tried, "a hole");
         assert_eq!(tried.world.runners(), (true, false));
         assert!(start.elapsed() < 60 * SECOND, "{:?}", start.elapsed());
@@ -297,7 +301,42 @@ fn a_connection_that_never_ends_is_given_up() {
         while source.peer.receive(SECOND).is_ok() {}
     });
     assert!(!ran && start.elapsed() < 30 * SECOND);
-    assert!(error.unwrap().contains("did not move for 0.4 s while it sent memory"));
+    assert_gave_up(&error.unwrap());
+}
+
+/// Whoever is the first to notice: the connection itself, or the one that waits for it.
+fn assert_gave_up(error: &str) {
+    let own = error.contains("did not move for 0.4 s while it sent memory");
+    assert!(
+        own || error.contains("was not done with its other connections after 0.4 s"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_connection_that_drips_when_all_else_is_there_is_given_up() {
+    let (error, ran) = met(|mut source| {
+        let mut raw = source.network.visit();
+        let mut one = Channel::new(raw.try_clone().unwrap(), SECOND, Cancel::new()).unwrap();
+        one.greet(SECOND).unwrap();
+        one.send(&Message::Join { token: source.token, lane: 1 }).unwrap();
+        assert_eq!(one.receive_message(SECOND).unwrap(), Message::Joined);
+        let mut two = source.join(source.token, 2).unwrap();
+        two.send(&Message::End(two.totals())).unwrap();
+        // Ends of passes that nobody made do not stand for the end.
+        (0..9).for_each(|_| one.send(&Message::RoundEnd).unwrap());
+        let frame = Frame::Ram { run: run(1, 1), checked: true, packed: None };
+        raw.write_all(&frame.encode()).unwrap();
+        source.peer.send_zero(run(0, 1)).unwrap();
+        source.peer.send_state(&[]).unwrap();
+        let hung_up = (0..1000).any(|_| {
+            thread::sleep(Duration::from_millis(30));
+            raw.write_all(&[0]).is_err()
+        });
+        assert!(hung_up, "it was listened to for as long as it spoke");
+    });
+    assert!(!ran);
+    assert_gave_up(&error.unwrap());
 }
 
 #[test]
@@ -322,7 +361,7 @@ fn a_pass_ends_when_all_connections_have_ended_it() {
         assert!(!matches!(answer, Ok(Received::Message(Message::RoundTaken))), "too early");
     });
     assert!(!ran);
-    assert!(error.unwrap().contains("did not move"));
+    assert!(error.unwrap().contains("was not done with a pass"));
 }
 
 #[test]

@@ -9,12 +9,12 @@ use content::PART;
 
 use super::choice::Choice;
 use super::frame::HEADER;
-use super::hello::{self, PACKED_SINCE, could_be};
+use super::hello::{self, FILES_SINCE, PACKED_SINCE, could_be};
 use super::link::Link;
 use super::pack::Packer;
 use super::{Codec, Frame, Hello, MESSAGE_LIMIT, Message, PeerError, Stream, Totals, VERSIONS};
 use crate::patience::Cancel;
-use crate::ram::Run;
+use crate::ram::{MOST_FILES, Run};
 use crate::state::decode_exact;
 
 /// The longest text that a peer may have printed here, in characters.
@@ -283,8 +283,8 @@ impl<S: Stream> Channel<S> {
         let state = self.link.read_vec(len, None);
         self.link.deadline = given;
         state.map_err(|error| match error {
-            PeerError::Stalled { peer, during, .. } if Instant::now() >= due => {
-                PeerError::Slow { peer, during, what: "the state", after: start.elapsed() }
+            PeerError::Stalled { .. } if Instant::now() >= due => {
+                self.slow("the state", start.elapsed())
             }
             error => error,
         })
@@ -304,22 +304,37 @@ impl<S: Stream> Channel<S> {
         self.link.is_local()
     }
 
-    /// Passes `file` to a peer that said PASS.
-    pub(crate) fn pass_file(&mut self, file: &File) -> Result<(), PeerError> {
-        self.link.pass_file(file)
+    /// Passes `files` to a peer that said PASS.
+    pub(crate) fn pass_files(&mut self, files: &[File]) -> Result<(), PeerError> {
+        self.link.pass_files(files)
     }
 
-    /// Says PASS, and takes the file that the peer passes within `limit`.
-    pub(crate) fn take_file(&mut self, limit: Duration) -> Result<File, PeerError> {
+    /// How many files the peer takes as one memory.
+    pub(crate) fn most_files(&self) -> usize {
+        if self.version < FILES_SINCE { 1 } else { MOST_FILES }
+    }
+
+    /// Says PASS, and takes the files that the peer passes within `limit`.
+    pub(crate) fn take_files(&mut self, limit: Duration) -> Result<Vec<File>, PeerError> {
         self.send(&Message::Pass)?;
-        let file = self.link.take_file(Instant::now() + limit)?;
-        file.ok_or_else(|| self.garbage("no memory, or more than one file".into()))
+        let files = self.link.take_files(Instant::now() + limit)?;
+        if (1..=self.most_files()).contains(&files.len()) {
+            Ok(files)
+        } else {
+            Err(self.garbage("no memory, or too many files".into()))
+        }
     }
 
     /// An error for something that did not come for `after`.
     #[must_use]
     pub fn stalled(&self, after: Duration) -> PeerError {
         PeerError::Stalled { peer: self.link.peer.clone(), during: self.link.during, after }
+    }
+
+    /// An error for `what` did not come to its end for `after`.
+    pub(crate) fn slow(&self, what: &'static str, after: Duration) -> PeerError {
+        let (peer, during) = (self.link.peer.clone(), self.link.during);
+        PeerError::Slow { peer, during, what, after }
     }
 
     /// An error for a message that does not belong here.

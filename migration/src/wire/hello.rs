@@ -9,11 +9,14 @@
 
 /// The oldest and the newest version of the protocol that this build speaks.
 ///
-/// 1 is the first; since 2 memory may come packed.
-pub const VERSIONS: (u16, u16) = (1, 2);
+/// 1 is the first; since 2 memory may come packed; since 3 what is shared may be in several files.
+pub const VERSIONS: (u16, u16) = (1, 3);
 
 /// Since which version memory may come packed.
 pub(super) const PACKED_SINCE: u16 = 2;
+
+/// Since which version memory that is shared may be in several files.
+pub(super) const FILES_SINCE: u16 = 3;
 
 pub(super) const SIZE: usize = 16;
 const MAGIC: [u8; 8] = *b"uvmm\r\n\x1a\0";
@@ -76,7 +79,7 @@ mod tests {
 
     #[test]
     fn this_build_says_which_versions_it_speaks() {
-        assert_eq!(Hello::OURS.encode(), *b"uvmm\r\n\x1a\0\x01\x00\x02\x00\0\0\0\0");
+        assert_eq!(Hello::OURS.encode(), *b"uvmm\r\n\x1a\0\x01\x00\x03\x00\0\0\0\0");
     }
 
     #[test]

@@ -205,30 +205,30 @@ impl<S: Stream> Link<S> {
         self.stream.local().is_some()
     }
 
-    /// Passes `file`, ahead of which nothing is gathered.
-    pub(super) fn pass_file(&mut self, file: &File) -> Result<(), PeerError> {
+    /// Passes `files`, ahead of which nothing is gathered.
+    pub(super) fn pass_files(&mut self, files: &[File]) -> Result<(), PeerError> {
         let until = self.soon();
         let sent = self.patiently(until, |link| match link.stream.local() {
-            Some(socket) => passing::pass(socket, file),
+            Some(socket) => passing::pass(socket, files),
             None => Err(ErrorKind::Unsupported.into()),
         })?;
         self.sent += sent as u64;
         Ok(())
     }
 
-    /// Takes the file that the next byte brings; none if it brings none. Nothing is read ahead: the
-    /// peer was told just now that it may pass one.
-    pub(super) fn take_file(&mut self, until: Instant) -> Result<Option<File>, PeerError> {
+    /// Takes the files that the next byte brings. Nothing is read ahead: the peer was told just now
+    /// that it may pass them.
+    pub(super) fn take_files(&mut self, until: Instant) -> Result<Vec<File>, PeerError> {
+        let mut files = Vec::new();
         if !self.ahead().is_empty() {
-            return Ok(None);
+            return Ok(files);
         }
-        let mut file = None;
         let came = self.patiently(until, |link| match link.stream.local() {
-            Some(socket) => passing::take(socket, &mut file),
+            Some(socket) => passing::take(socket, &mut files),
             None => Err(ErrorKind::Unsupported.into()),
         })?;
         self.received += came as u64;
-        Ok(file)
+        Ok(files)
     }
 
     /// Gathers `bytes`, to be written with what follows.

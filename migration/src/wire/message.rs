@@ -58,9 +58,9 @@ pub enum Message {
     Back(String),
     /// Destination: and that was the last.
     Settled,
-    /// Source, before OFFER, over a Unix socket: the memory itself can be had as a file.
+    /// Source, before OFFER, over a Unix socket: the memory itself can be had, as files.
     Share,
-    /// Destination: pass it, with one byte.
+    /// Destination: pass them, with one byte.
     Pass,
 }
 

@@ -1,4 +1,4 @@
-//! A file descriptor from one process to another, over a Unix socket (unix(7), `SCM_RIGHTS`).
+//! File descriptors from one process to another, over a Unix socket (unix(7), `SCM_RIGHTS`).
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -11,24 +11,26 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-/// The byte that a descriptor travels with.
+use crate::ram::MOST_FILES;
+
+/// The byte that descriptors travel with.
 const BYTE: u8 = b'm';
 
-/// Passes `file`, with one byte; gives how many bytes went.
-pub(super) fn pass(socket: BorrowedFd<'_>, file: &File) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+/// Passes `files`, at most [`MOST_FILES`], with one byte; gives how many bytes went.
+pub(super) fn pass(socket: BorrowedFd<'_>, files: &[File]) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_FILES))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    let files = [file.as_fd()];
+    let files: Vec<_> = files.iter().map(File::as_fd).collect();
     if !control.push(SendAncillaryMessage::ScmRights(&files)) {
         return Err(io::ErrorKind::OutOfMemory.into());
     }
     Ok(sendmsg(socket, &[IoSlice::new(&[BYTE])], &mut control, SendFlags::NOSIGNAL)?)
 }
 
-/// Takes one byte and what came with it, into `taken` if that is one file; gives how many bytes
-/// came, 0 if the peer hung up.
-pub(super) fn take(socket: BorrowedFd<'_>, taken: &mut Option<File>) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+/// Takes one byte and the files that came with it, which are none if there were too many; gives how
+/// many bytes came, 0 if the peer hung up.
+pub(super) fn take(socket: BorrowedFd<'_>, taken: &mut Vec<File>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_FILES))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0];
     let flags = RecvFlags::CMSG_CLOEXEC;
@@ -38,9 +40,9 @@ pub(super) fn take(socket: BorrowedFd<'_>, taken: &mut Option<File>) -> io::Resu
         RecvAncillaryMessage::ScmRights(files) => Some(files),
         _ => None,
     });
-    let mut files: Vec<_> = files.flatten().collect();
-    let alone = files.len() == 1 && !came.flags.contains(ReturnFlags::CTRUNC) && byte == [BYTE];
-    *taken = files.pop().filter(|_| alone).map(File::from);
+    let files: Vec<_> = files.flatten().map(File::from).collect();
+    let cut = files.len() > MOST_FILES || came.flags.contains(ReturnFlags::CTRUNC);
+    *taken = if cut || byte != [BYTE] { Vec::new() } else { files };
     Ok(came.bytes)
 }
 
@@ -52,37 +54,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_arrives_as_another_descriptor_of_it() {
+    fn files_arrive_in_order_as_other_descriptors_of_them() {
         let (here, there) = UnixStream::pair().unwrap();
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(b"it").unwrap();
-        assert_eq!(pass(here.as_fd(), &file).unwrap(), 1);
-        drop(file);
-        let mut taken = None;
+        let file = |text: &[u8]| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(text).unwrap();
+            file
+        };
+        assert_eq!(pass(here.as_fd(), &[file(b"one"), file(b"two")]).unwrap(), 1);
+        let mut taken = Vec::new();
         assert_eq!(take(there.as_fd(), &mut taken).unwrap(), 1);
-        let (mut taken, mut text) = (taken.unwrap(), String::new());
-        io::Seek::rewind(&mut taken).unwrap();
-        taken.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "it");
+        let text = |mut file: File| {
+            let mut text = String::new();
+            io::Seek::rewind(&mut file).unwrap();
+            file.read_to_string(&mut text).unwrap();
+            text
+        };
+        assert_eq!(taken.into_iter().map(text).collect::<Vec<_>>(), ["one", "two"]);
     }
 
     #[test]
-    fn a_byte_without_a_file_or_with_several_brings_none() {
+    fn a_byte_without_a_file_or_with_too_many_brings_none() {
         let (mut here, there) = UnixStream::pair().unwrap();
-        let mut taken = None;
+        let mut taken = Vec::new();
         here.write_all(&[BYTE]).unwrap();
         assert_eq!(take(there.as_fd(), &mut taken).unwrap(), 1);
-        assert!(taken.is_none());
-        for count in [2, 3] {
+        assert!(taken.is_empty());
+        for (count, arrive) in [(MOST_FILES, MOST_FILES), (MOST_FILES + 1, 0)] {
             let file = tempfile::tempfile().unwrap();
-            let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(3))];
+            let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_FILES + 1))];
             let mut control = SendAncillaryBuffer::new(&mut space);
-            let files = [file.as_fd(); 3];
+            let files = [file.as_fd(); MOST_FILES + 1];
             assert!(control.push(SendAncillaryMessage::ScmRights(&files[..count])));
             let bytes = [IoSlice::new(&[BYTE])];
             sendmsg(&here, &bytes, &mut control, SendFlags::empty()).unwrap();
             assert_eq!(take(there.as_fd(), &mut taken).unwrap(), 1);
-            assert!(taken.is_none(), "{count} files");
+            assert_eq!(taken.len(), arrive, "of {count} files");
         }
         drop(here);
         assert_eq!(take(there.as_fd(), &mut taken).unwrap(), 0);

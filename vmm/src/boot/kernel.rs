@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, PvhBootCapability};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile};
+use vm_memory::{Bytes, GuestAddress, ReadVolatile};
 
 use super::{linux, pvh};
 use crate::arch::layout;
@@ -250,7 +250,7 @@ fn load_initrd(ram: &Ram, path: &Path, kernel: &Kernel) -> Result<(u64, u64), Er
     if size == 0 {
         return Err(Error::EmptyInitrd(path.to_owned()));
     }
-    let low_end = ram.iter().next().map_or(0, GuestMemoryRegion::len);
+    let low_end = migration::ram::layout(ram).first().map_or(0, |(_, len)| *len);
     let top = low_end.min(kernel.initrd_limit);
     let too_big = Error::TooBig { need: kernel.end.saturating_add(size) };
     let Some(start) = top.checked_sub(size).map(|start| start & !(PAGE - 1)) else {

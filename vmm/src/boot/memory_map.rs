@@ -1,6 +1,6 @@
 //! What the guest is told of its physical address space.
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use migration::ram;
 
 use crate::arch::layout;
 use crate::memory::Ram;
@@ -38,10 +38,8 @@ pub(super) fn memory_map(ram: &Ram) -> Vec<Range> {
         range(0, layout::LOWMEM_END, Kind::Ram),
         range(layout::ACPI_TABLES, layout::HIMEM, Kind::Reserved),
     ];
-    map.extend(ram.iter().map(|region| {
-        let start = region.start_addr().0;
-        range(start.max(layout::HIMEM), start + region.len(), Kind::Ram)
-    }));
+    let ranges = ram::layout(ram).into_iter();
+    map.extend(ranges.map(|(start, len)| range(start.max(layout::HIMEM), start + len, Kind::Ram)));
     // Linux uses it only if it is told here that nothing else is there.
     map.push(range(layout::ECAM.start, layout::ECAM.end, Kind::Reserved));
     map.sort_by_key(|range| range.start);

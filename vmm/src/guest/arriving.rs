@@ -1,15 +1,17 @@
 //! A machine on its way in.
 
 use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use devices::pci::identity::Identity;
 use migration::compat::{Mismatch, Offer, Profile, Rule, Value, agree_in_terms};
 use migration::guest::{Arriving, Host};
 use migration::plan::StepFailure;
-use migration::ram::Ram;
+use migration::ram::{Ram, layout};
 use migration::state::{StateError, StateReader};
 
-use super::{Blueprint, DEVICES, Passenger, device_path, regions, with_device};
+use super::{Blueprint, DEVICES, Passenger, device_path, with_device};
 use crate::arch::profile::{self, Platform, ProcessorTerms, TSC_KHZ};
 use crate::cause;
 use crate::config::{CPUS, CpuModel, DeviceConfig, MEMORY_MIN, MachineConfig, PCI_SLOTS};
@@ -21,11 +23,28 @@ const SAME_UVMM: &str = "use the same uvmm on both sides";
 /// Builds machines for guests that arrive.
 pub(crate) struct Builder {
     host: HostSide,
+    runs: Runs,
+}
+
+/// Whether a guest that arrives was let run, which its source may hear before anyone here.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Runs(Arc<AtomicBool>);
+
+impl Runs {
+    /// Whether it was.
+    pub(crate) fn get(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
 }
 
 impl Builder {
     pub(crate) fn new(host: HostSide) -> Self {
-        Self { host }
+        Self { host, runs: Runs::default() }
+    }
+
+    /// What tells of the guests that it builds machines for.
+    pub(crate) fn runs(&self) -> Runs {
+        self.runs.clone()
     }
 
     /// This host's device for `passenger`.
@@ -78,7 +97,7 @@ impl Builder {
     fn build(
         &self,
         config: &MachineConfig,
-        memory: Option<&File>,
+        memory: Option<&[File]>,
         against: &mut Vec<Mismatch>,
     ) -> Option<Machine> {
         let here = match memory {
@@ -155,6 +174,7 @@ pub(crate) struct Awaiting {
     blueprint: Blueprint,
     /// This host's devices for it.
     devices: Vec<DeviceConfig>,
+    runs: Runs,
 }
 
 /// A guest that is here.
@@ -171,7 +191,7 @@ pub(crate) struct Settler {
 impl Awaiting {
     /// The machine with its guest in it.
     pub(crate) fn settle(self) -> Settler {
-        let Self { machine, blueprint: Blueprint { built_in, bounces, .. }, devices } = self;
+        let Self { machine, blueprint: Blueprint { built_in, bounces, .. }, devices, .. } = self;
         Settler { machine, built_in, bounces, devices }
     }
 }
@@ -179,7 +199,11 @@ impl Awaiting {
 impl Host for Builder {
     type Guest = Awaiting;
 
-    fn prepare(&mut self, offer: &Offer, memory: Option<File>) -> Result<Awaiting, Vec<Mismatch>> {
+    fn prepare(
+        &mut self,
+        offer: &Offer,
+        memory: Option<Vec<File>>,
+    ) -> Result<Awaiting, Vec<Mismatch>> {
         let mut against = Vec::new();
         let blueprint = Blueprint::decode(&offer.config)
             .map_err(|error| {
@@ -190,7 +214,7 @@ impl Host for Builder {
         let devices = blueprint.as_ref().map(|blueprint| &blueprint.devices[..]);
         devices.inspect(|devices| self.match_devices(devices, &mut against));
         let config = blueprint.as_ref().map(|blueprint| &blueprint.machine);
-        let own = config.and_then(|config| self.build(config, memory.as_ref(), &mut against));
+        let own = config.and_then(|config| self.build(config, memory.as_deref(), &mut against));
         let Some(mut machine) = own else {
             if let Ok(mut machine) = Machine::empty(&smallest(), &self.bare(), None) {
                 self.compare(offer, devices, &mut machine, false, &mut against);
@@ -198,7 +222,7 @@ impl Host for Builder {
             return Err(against);
         };
         self.compare(offer, devices, &mut machine, true, &mut against);
-        let ram = regions(machine.vm().ram());
+        let ram = layout(machine.vm().ram());
         if ram != offer.ram {
             let (wanted, found) = (format!("{:x?}", offer.ram), format!("{ram:x?}"));
             against.push(mismatch("ram", &wanted, found, SAME_UVMM));
@@ -207,7 +231,7 @@ impl Host for Builder {
             Some(blueprint) if against.is_empty() => {
                 let devices = blueprint.devices.iter();
                 let devices = devices.filter_map(|passenger| self.device(passenger)).collect();
-                Ok(Awaiting { machine, blueprint, devices })
+                Ok(Awaiting { machine, blueprint, devices, runs: self.runs() })
             }
             _ => Err(against),
         }
@@ -242,10 +266,11 @@ impl Arriving for Awaiting {
             slots.let_resume();
             slots.want_dirtying(false);
         }
-        if self.blueprint.running {
-            self.machine.resume()?;
-        }
-        Ok(())
+        // A guest can be quicker than whoever lets it run.
+        self.runs.0.store(true, Ordering::Release);
+        let resumed = if self.blueprint.running { self.machine.resume() } else { Ok(()) };
+        self.runs.0.store(resumed.is_ok(), Ordering::Release);
+        Ok(resumed?)
     }
 }
 

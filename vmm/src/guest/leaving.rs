@@ -8,11 +8,11 @@ use migration::compat::{Offer, Profile, Rule};
 use migration::guest::Departing;
 use migration::plan::{Meanwhile, Phase, Plan, Priority, Step, StepFailure};
 use migration::policy::Shares;
-use migration::ram::{DirtySet, Ram};
+use migration::ram::{DirtySet, Ram, layout};
 use migration::report::Device;
 use migration::state::{StateError, StateWriter};
 
-use super::{Blueprint, Passenger, regions};
+use super::{Blueprint, Passenger};
 use crate::arch::profile::Platform;
 use crate::config::{DeviceConfig, DeviceId, VmName};
 use crate::control::PlannedDevice;
@@ -62,7 +62,7 @@ impl Leaving {
     /// A guest on its way out.
     pub(crate) fn new(machine: Machine, traits: Traits) -> Result<Self, Stays> {
         let profile = match machine.msrs() {
-            Ok(msrs) => Platform::of_guest(machine.vm(), machine.seen(), &msrs).profile(),
+            Ok(msrs) => Platform::of_guest(machine.vm(), machine.seen(), &msrs).wanted(),
             Err(error) => return Err(Stays { machine: Box::new(machine), error }),
         };
         let dirty = dirty::sources(machine.vm(), machine.vcpus());
@@ -203,7 +203,7 @@ impl Departing for Leaving {
             name: self.traits.name.to_string(),
             config: blueprint.encode(),
             profile: self.written_formats(self.device_profile(self.profile.clone())),
-            ram: regions(self.ram()),
+            ram: layout(self.ram()),
         }
     }
 

@@ -93,7 +93,7 @@ mod tests {
 
     #[test]
     fn a_log_that_is_cleared_by_hand_starts_full_and_keeps_what_is_not_cleared() {
-        const BYTES: usize = 64 << 20;
+        const BYTES: usize = 16 << 20; // one region
         let vm = match Vm::new(
             memory::allocate(BYTES as u64, None).unwrap(),
             DirtyTracking::default(),

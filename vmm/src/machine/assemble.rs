@@ -113,10 +113,10 @@ impl Machine {
     pub(crate) fn empty(
         config: &MachineConfig,
         host: &HostSide,
-        memory: Option<&File>,
+        memory: Option<&[File]>,
     ) -> Result<Self, Error> {
         let ram = match memory {
-            Some(file) => memory::adopt(file, config.memory, host.hugepages)?,
+            Some(files) => memory::adopt(files, config.memory, host.hugepages)?,
             None => memory::allocate(config.memory, host.hugepages)?,
         };
         Self::assemble(config, host, ram, |_, _, _| Ok(()))

@@ -22,7 +22,9 @@ use seat::Seat;
 
 use crate::config::{Address, Boot, DeviceConfig, MachineConfig, RunConfig, VmName};
 use crate::console::Console;
-use crate::control::{Claim, RuntimeDir, Server, StateDir, StateDirError, Undecided};
+use crate::control::{
+    Call, Claim, Request, RuntimeDir, Server, StateDir, StateDirError, Undecided,
+};
 use crate::event::{self, Event, Wake};
 use crate::guest::{Builder, Leaving, Settler};
 use crate::hotplug::Underway as Plugging;
@@ -136,6 +138,8 @@ struct Session {
     boot: Option<Boot>,
     /// Whether the guest that is here bounces all DMA.
     bounces: bool,
+    /// What happened to a guest that runs here before this was told that it does.
+    early: Vec<Event>,
     /// Still tells the source of a guest that arrived that it runs here.
     answering: Option<Answering>,
     /// Devices on their way into the machine that is here, or out of it.
@@ -189,6 +193,7 @@ impl Session {
             started: Instant::now(),
             tenant: Tenant::Between,
             bounces: false,
+            early: Vec::new(),
             answering: None,
             plugging: Vec::new(),
             orders: 0,
@@ -249,6 +254,10 @@ impl Session {
 
     /// Acts on `event`; tells the ending if it leads to one.
     fn act(&mut self, event: Event) -> Result<Option<Ending>, Error> {
+        if self.is_early(&event) {
+            self.early.push(event);
+            return Ok(None);
+        }
         let next = match event {
             Event::Call(call) => self.answer(call),
             Event::Off => self.next_unless_leaving(Next::End(Ending::Off)),
@@ -272,6 +281,18 @@ impl Session {
             Next::Stay => Ok(None),
             Next::Boot => self.boot().map(|()| None),
             Next::End(ending) => Ok(Some(ending)),
+        }
+    }
+
+    /// Whether `event` is for a guest that runs here, and whose machine is still with the migration
+    /// that brought it: the source hears first that it arrived, and a guest can be quick.
+    fn is_early(&self, event: &Event) -> bool {
+        match event {
+            Event::Call(Call { request: Request::Stop { force: true }, .. }) => false,
+            Event::Call(_) | Event::Off | Event::Reset | Event::Died { .. } => {
+                matches!(&self.tenant, Tenant::Arriving { underway, .. } if underway.runs.get())
+            }
+            _ => false,
         }
     }
 
@@ -322,6 +343,9 @@ impl Session {
     }
 
     fn arrived(&mut self, arrival: Arrival) -> Result<Next, Error> {
+        for event in mem::take(&mut self.early) {
+            self.host.events.send(event);
+        }
         match arrival {
             Ok(arrived) => {
                 self.answering = Some(arrived.answering);

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 /// What [`migration::wire::Message`] begins with on the wire.
 const COMMIT: u8 = 7;
 const RUNNING: u8 = 8;
+const DONE: u8 = 9;
 
 /// Whether a machine can be run here at all.
 fn usable() -> bool {
@@ -249,7 +250,7 @@ fn is_running(host: &Host) -> bool {
     host.uvmm("info --vm web --json").1.contains("\"running\"")
 }
 
-/// A guest runs a moment before its process says so.
+/// A guest runs a moment before its source can know.
 fn comes_to_run(host: &Host) -> bool {
     (0..100).any(|_| {
         let runs = is_running(host);
@@ -258,6 +259,19 @@ fn comes_to_run(host: &Host) -> bool {
         }
         runs
     })
+}
+
+#[test]
+fn whoever_heard_that_a_guest_arrived_finds_it_running_there() {
+    if !usable() {
+        return;
+    }
+    // The destination still waits to hear that its word came.
+    let scene = stopped_at(DONE);
+    assert_eq!(status(scene.migrate), "completed");
+    let (answered, info) = scene.away.uvmm("info --vm web --json");
+    assert!(answered && info.contains("\"running\""), "{info}");
+    assert!(scene.away.uvmm("pause --vm web").0);
 }
 
 #[test]
