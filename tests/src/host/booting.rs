@@ -124,15 +124,38 @@ impl Booting {
     }
 }
 
-/// Whether QEMU wrote this line, and did not mean it as a warning.
+/// Whether QEMU wrote this line, and did not mean it as a warning; or the kernel, of a processor
+/// whose timer's interrupt QEMU lost. It does not come up any more then.
 fn is_complaint(line: &str) -> bool {
-    line.strip_prefix("qemu-system-x86_64: ").is_some_and(|line| !line.starts_with("warning: "))
+    let of_qemu = line.strip_prefix("qemu-system-x86_64: ");
+    of_qemu.is_some_and(|line| !line.starts_with("warning: ")) || line.contains("detected stalls")
 }
 
 impl Drop for Booting {
     fn drop(&mut self) {
         if let Some(machine) = &mut self.machine {
             end(machine);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lab_host_that_does_not_come_up_says_so() {
+        for line in [
+            "qemu-system-x86_64: load of migration failed: Invalid argument",
+            "[   26.530899] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+        ] {
+            assert!(is_complaint(line), "{line}");
+        }
+        for line in [
+            "qemu-system-x86_64: warning: hub 0 is not connected to host network",
+            "[    2.213488] x2apic: IRQ remapping doesn't support X2APIC mode",
+        ] {
+            assert!(!is_complaint(line), "{line}");
         }
     }
 }

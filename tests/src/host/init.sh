@@ -24,9 +24,17 @@ while read -r module; do
     # The module of the other vendor's virtualisation finds nothing to do.
     insmod "$module" || echo "lab: $module was not loaded"
 done < /modules/order
-for port in /sys/class/virtio-ports/*; do
-    grep -q '^uvmm.lab$' "$port/name" && exec 3<>"/dev/${port##*/}"
+# The ports of a console appear some time after their driver.
+port=
+tries=0
+until [ -n "$port" ]; do
+    tries=$((tries + 1))
+    [ $tries -lt 300 ] || { echo 'lab: there is no port to talk by'; poweroff -f; }
+    sleep 0.1
+    port=$(grep -ls '^uvmm.lab$' /sys/class/virtio-ports/*/name)
 done
+port=${port%/name}
+exec 3<>"/dev/${port##*/}"
 [ -c /dev/kvm ] || fail 'it has no /dev/kvm'
 # Guest RAM that is shared memory may have huge pages, as private memory has by default.
 echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled

@@ -9,11 +9,17 @@ use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use tempfile::TempDir;
+
 use super::booting::Booting;
 use super::machine::{self, Machine, Nesting};
 use crate::artefacts::Artefacts;
 use crate::error::{Context, Result, reading, writing};
 use crate::{cache, program};
+
+/// How often to begin: QEMU loses an interrupt now and then without which Linux stands still, and
+/// there is no [`heartbeat`](super::heartbeat) yet.
+const TRIES: u8 = 3;
 
 /// A kept state.
 pub(super) struct Kept {
@@ -37,9 +43,7 @@ impl Kept {
             }
             fs::create_dir_all(&dir).context(|| writing(&dir))?;
             eprintln!("lab: booting the lab host once; later ones begin with its state");
-            let half = tempfile::tempdir_in(&dir).context(|| writing(&dir))?;
-            make(artefacts, half.path())?;
-            drop(fs::remove_file(half.path().join("agent")));
+            let half = made(artefacts, &dir)?;
             fs::rename(half.keep(), &here).context(|| writing(&here))?;
         }
         Ok(Self { memory: here.join("memory"), state: here.join("state") })
@@ -63,6 +67,22 @@ fn identity(artefacts: &Artefacts) -> Result<u64> {
     Nesting::here().parameters().hash(&mut hasher);
     program::run(Command::new("qemu-system-x86_64").arg("--version"))?.hash(&mut hasher);
     Ok(hasher.finish())
+}
+
+/// A new state in a directory of its own in `dir`.
+fn made(artefacts: &Artefacts, dir: &Path) -> Result<TempDir> {
+    let once = || {
+        let half = tempfile::tempdir_in(dir).context(|| writing(dir))?;
+        make(artefacts, half.path())?;
+        drop(fs::remove_file(half.path().join("agent")));
+        Ok(half)
+    };
+    (1..TRIES).fold(once(), |made, _| {
+        made.or_else(|error| {
+            eprintln!("lab: {error}\nlab: once more");
+            once()
+        })
+    })
 }
 
 fn make(artefacts: &Artefacts, dir: &Path) -> Result<()> {
