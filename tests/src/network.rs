@@ -21,6 +21,9 @@ use crate::vm::{Vm, text};
 /// The guest's own address in the lab.
 pub const GUEST_IP: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 2);
 
+/// What tells a guest, or a host, that its network does not work.
+const WHY: &str = "dmesg | tail -n 20; cat /proc/interrupts /proc/net/dev";
+
 /// Loads the guest driver, for [`Vm::joins_network_after`].
 pub const GUEST_DRIVER: &str = "insmod /modules/uvmm_bridge.ko &&";
 
@@ -58,9 +61,14 @@ impl Vm {
         self.says(&format!("ip link set {name} up && ip address replace {own}/24 dev {name}"))?;
         // There is a link some time after the NIC came up.
         let reached = format!("ping -c 1 -W 1 {} > /dev/null", text("PEER_IP")?);
-        let why = "dmesg | tail -n 20; ip -s link; exit 1";
-        self.says(&format!("for i in $(seq 40); do {reached} && exit 0; done; {why}"))?;
-        Ok(name)
+        let why = format!("{WHY}; ip address; ip neigh; exit 1");
+        match self.says(&format!("for i in $(seq 40); do {reached} && exit 0; done; {why}")) {
+            Ok(_) => Ok(name),
+            Err(error) => {
+                let host = program::run(Command::new("sh").args(["-c", WHY]));
+                Err(Error::Guest(format!("{error}\nand the lab host: {host:?}")))
+            }
+        }
     }
 
     /// Reaches the rest of the network. An emulated one that is busy loses a packet now and then.

@@ -23,6 +23,11 @@ const EOI: usize = 0xb0;
 /// The interrupts in service, 32 in each of eight registers.
 const ISR: usize = 0x100;
 const STEP: usize = 0x10;
+/// Sends the interrupt in its lowest byte; with this bit to the processor itself.
+const ICR: usize = 0x300;
+const TO_SELF: u32 = 1 << 18;
+/// The first vector that an APIC takes.
+const LEAST: u8 = 16;
 
 /// The registers of the processor that whoever uses them runs on.
 pub(super) struct LocalApic(NonNull<u32>);
@@ -39,13 +44,16 @@ impl LocalApic {
         NonNull::new(page.cast()).map(Self).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
-    /// Ends the interrupt in service, if there is one, and gives its vector.
+    /// Interrupts the processor again by what is in service, if anything is; gives its vector.
     ///
     /// Whoever runs here outside the kernel was not interrupted by it, or has it behind: it is one
-    /// that the processor never heard of.
-    pub(super) fn end_what_nobody_serves(&self) -> Option<u8> {
+    /// that the processor never heard of. A device may wait for it to be heard of.
+    pub(super) fn repeat_what_nobody_serves(&self) -> Option<u8> {
         let vector = in_service(|register| self.read(register))?;
         self.write(EOI, 0);
+        if vector >= LEAST {
+            self.write(ICR, TO_SELF | u32::from(vector));
+        }
         Some(vector)
     }
 

@@ -4,7 +4,7 @@
 //! timer again before the event has come that it is set for, and so all that sleeps there sleeps on;
 //! but an event that is due before all others is a reason to set it. So each processor has a thread
 //! that gives itself such an event whenever it wakes up, and wakes the threads of the others, which
-//! needs no timer of theirs. It also ends an interrupt that its processor never heard of.
+//! needs no timer of theirs. It also repeats an interrupt that its processor never heard of.
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
@@ -63,7 +63,7 @@ fn beat(processor: usize, timer: &OwnedFd, all: &OnceLock<Vec<Thread>>) {
         thread::park_timeout(PERIOD.saturating_sub(since.elapsed()));
         // Elsewhere if the processor is gone, or for as long as another says so.
         let _elsewhere = sched_setaffinity(None, &only);
-        if let Some(vector) = apic.iter().find_map(LocalApic::end_what_nobody_serves) {
+        if let Some(vector) = apic.iter().find_map(LocalApic::repeat_what_nobody_serves) {
             note(&format!("processor {processor} never heard of its interrupt {vector}"));
         }
         let _left_as_it_is = make_an_event_due(timer);
