@@ -3,6 +3,7 @@ use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
@@ -61,9 +62,6 @@ enum Command {
     TestInside {
         #[arg(long)]
         filter: Option<String>,
-        /// How often a test is tried before it is called failed.
-        #[arg(long, default_value_t = 1)]
-        tries: u8,
         program: PathBuf,
     },
     /// The part of the demo inside the lab host.
@@ -104,13 +102,16 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Demo => in_lab(&["demo-inside"]),
         Command::Test { filter } => test(filter.as_deref()),
         Command::Bench { what, runs, json } => measure(what, runs, json),
-        Command::TestInside { filter, tries, program } => {
-            Ok(u8::from(!suite::inside::run(&program, filter.as_deref(), tries)?))
+        Command::TestInside { filter, program } => {
+            Ok(u8::from(!suite::inside::run(&program, filter.as_deref())?))
         }
         Command::DemoInside => Ok(tests::demo::run().map(|()| 0)?),
         Command::Agent => Ok(agent::serve().map(|()| 0)?),
     }
 }
+
+/// How long the demo, or a measurement, has nothing to say at most.
+const SILENCE: Duration = Duration::from_secs(10 * 60);
 
 /// Runs another command of this program inside a lab host.
 fn in_lab(arguments: &[&str]) -> anyhow::Result<u8> {
@@ -118,7 +119,7 @@ fn in_lab(arguments: &[&str]) -> anyhow::Result<u8> {
     let artefacts = Artefacts::prepare(Profile::Release).context("the lab cannot be prepared")?;
     let mut command = vec![env::current_exe()?.into_os_string()];
     command.extend(arguments.iter().map(OsString::from));
-    let status = Lab::boot(&artefacts)?.run(&command, &[(INSIDE, "1")], pass_on)?;
+    let status = Lab::boot(&artefacts)?.run(&command, &[(INSIDE, "1")], SILENCE, pass_on)?;
     Ok(u8::try_from(status).unwrap_or(u8::MAX))
 }
 

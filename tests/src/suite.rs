@@ -16,6 +16,9 @@ use crate::{cache, program, tier};
 
 const PASSED: &str = "passed";
 const FAILED: &str = "FAILED";
+/// What is in front of the name of a test that failed; and of one that passed at a later try.
+const FAILED_TEST: &str = "; failed: ";
+const FLAKY_TEST: &str = "; flaky: ";
 
 /// How one part of the suite went, in one line.
 #[derive(Debug)]
@@ -42,6 +45,17 @@ impl Part {
     fn told(line: &str) -> Option<Self> {
         let told = [PASSED, FAILED].iter().any(|outcome| line.starts_with(&format!("{outcome}  ")));
         told.then(|| Self(line.to_owned()))
+    }
+
+    /// Which of its tests failed.
+    fn failed(&self) -> impl Iterator<Item = &str> {
+        self.0.split(FAILED_TEST).skip(1)
+    }
+
+    /// The same, if what failed passed at a later try.
+    fn flaky(&self) -> Self {
+        let line = self.0.replacen(FAILED, PASSED, 1).replace(FAILED_TEST, FLAKY_TEST);
+        Self(if line.contains(FLAKY_TEST) { line } else { format!("{line}; flaky") })
     }
 
     /// Whether every test of it passed.
@@ -132,6 +146,19 @@ fn name(program: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_failed_is_found_in_a_part_and_named_when_it_passed_later() {
+        let part =
+            Part::inside("pci", false, Duration::from_secs(3), "2 passed; failed: a; failed: b");
+        assert_eq!(part.failed().collect::<Vec<_>>(), ["a", "b"]);
+        let later = part.flaky();
+        assert!(!part.passed() && later.passed());
+        assert!(later.to_string().ends_with("2 passed; flaky: a; flaky: b"), "{later}");
+        let endless = Part::inside("pci", false, Duration::ZERO, "its end was not seen");
+        assert_eq!(endless.failed().count(), 0);
+        assert!(endless.flaky().passed() && endless.flaky().to_string().ends_with("; flaky"));
+    }
 
     #[test]
     fn skipped_tests_are_found_in_a_report() {

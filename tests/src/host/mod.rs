@@ -18,7 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 pub use machine::Nesting;
 
@@ -40,7 +40,7 @@ pub struct Lab {
     stream: UnixStream,
     console: PathBuf,
     environment: Vec<(Bytes, Bytes)>,
-    /// It ended by itself: its console tells why and is kept.
+    /// It ended by itself, or stands still: its console tells why and is kept.
     died: bool,
     _scratch: tempfile::TempDir,
 }
@@ -128,21 +128,27 @@ impl Lab {
     /// Runs a command with no input; `each` is given what it writes as it comes.
     ///
     /// # Errors
-    /// If the lab host ends or the command cannot be started there.
+    /// If the lab host ends or says nothing for longer than `silence`, or the command cannot be
+    /// started there.
     pub fn run(
         &mut self,
         command: &[OsString],
         environment: &[(&str, &str)],
+        silence: Duration,
         mut each: impl FnMut(Stream, &[u8]) -> io::Result<()>,
     ) -> Result<i32> {
         let start = self.start(command, environment, None);
         let stream = self.stream.try_clone().context(|| "cannot share a socket".into())?;
-        self.converse(&start, |frame| match frame {
+        let bound = |limit| stream.set_read_timeout(limit).context(|| "cannot bound a wait".into());
+        bound(Some(silence))?;
+        let status = self.converse(&start, |frame| match frame {
             Frame::WantInput => Frame::Input(Vec::new()).send(&mut &stream),
             Frame::Stdout(bytes) => each(Stream::Out, bytes),
             Frame::Stderr(bytes) => each(Stream::Err, bytes),
             _ => Ok(()),
-        })
+        })?;
+        bound(None)?;
+        Ok(status)
     }
 
     fn start(
@@ -183,14 +189,21 @@ impl Lab {
                 Ok(frame) => {
                     on(&frame).context(|| "cannot pass on the output of a command".into())?;
                 }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(self.lost("stands still"));
+                }
                 Err(_) => return Err(self.died()),
             }
         }
     }
 
     fn died(&mut self) -> Error {
+        self.lost("ended unexpectedly")
+    }
+
+    fn lost(&mut self, how: &str) -> Error {
         self.died = true;
-        Error::Host(format!("the lab host ended unexpectedly; {}", last_words(&self.console)))
+        Error::Host(format!("the lab host {how}; {}", last_words(&self.console)))
     }
 }
 
