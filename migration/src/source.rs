@@ -76,10 +76,10 @@ impl Default for Options {
 /// When this returns, the guest runs here or there and nowhere else; except if the error is
 /// [`Error::Undecided`]: then it stands still here, and its plan can be undone by an operator who
 /// knows that it does not run there. `connect` is called again if the connection breaks in the one
-/// moment that matters, and bounds its own waits.
+/// moment that matters; it bounds its own waits, and heeds who wishes to stop.
 pub fn send<G: Departing, S: Stream>(
     guest: &mut G,
-    connect: impl FnMut() -> io::Result<S>,
+    connect: impl FnMut(&Cancel) -> io::Result<S>,
     options: &Options,
     mut watch: Watch<'_>,
 ) -> Result<Report, Box<Failure>> {
@@ -125,7 +125,7 @@ struct Source<'a, 'w, G: Departing, S, C> {
     start: Instant,
 }
 
-impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, C> {
+impl<G: Departing, S: Stream, C: FnMut(&Cancel) -> io::Result<S>> Source<'_, '_, G, S, C> {
     fn run(mut self) -> Result<(), Error> {
         self.prepare()?;
         let mut peer = self.greet(self.options.patience.silence)?;
@@ -170,8 +170,11 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
     }
 
     fn greet(&mut self, silence: Duration) -> Result<Channel<S>, Error> {
-        let stream = (self.connect)().map_err(Error::Connect)?;
-        let mut peer = Channel::new(stream, silence, self.watch.cancel.clone())?;
+        let cancel = self.watch.cancel.clone();
+        let stream = (self.connect)(&cancel).map_err(|error| {
+            if cancel.is_cancelled() { cancel.error() } else { Error::Connect(error) }
+        })?;
+        let mut peer = Channel::new(stream, silence, cancel)?;
         peer.greet(self.options.patience.greeting)?;
         Ok(peer)
     }
@@ -359,7 +362,7 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
     fn ask(&mut self, token: Token, enough: &Cancel) -> Giving {
         let until = Instant::now() + self.options.patience.asking;
         loop {
-            match self.query(token) {
+            match self.query(token, enough) {
                 Ok(Giving::Asked) => tracing::warn!("the destination knows nothing of it"),
                 Ok(state) => return state,
                 Err(error) => tracing::warn!(error = one_line(&error), "cannot ask"),
@@ -371,8 +374,8 @@ impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, 
         }
     }
 
-    fn query(&mut self, token: Token) -> Result<Giving, Error> {
-        let stream = (self.connect)().map_err(Error::Connect)?;
+    fn query(&mut self, token: Token, enough: &Cancel) -> Result<Giving, Error> {
+        let stream = (self.connect)(enough).map_err(Error::Connect)?;
         let cancel = self.watch.cancel.clone();
         let (verdict, mut peer) = query(stream, token, &self.options.patience, cancel)?;
         if verdict == Verdict::Running {

@@ -154,9 +154,13 @@ pub(crate) fn depart(
         let limit = options.patience.greeting;
         let result = match request.to.clone() {
             Address::Tcp { host, port } => {
-                send(&mut guest, || connect_tcp((host.clone(), port), limit), &options, watch)
+                let to = |cancel: &Cancel| connect_tcp((host.clone(), port), limit, cancel);
+                send(&mut guest, to, &options, watch)
             }
-            Address::Unix(path) => send(&mut guest, || connect_unix(&path, limit), &options, watch),
+            Address::Unix(path) => {
+                let to = |cancel: &Cancel| connect_unix(&path, limit, cancel);
+                send(&mut guest, to, &options, watch)
+            }
         };
         events.send(Event::Departed(Box::new(Departure { guest, request, reply, result, record })));
     });
@@ -195,12 +199,12 @@ pub(crate) fn ask_at(
     handover: &mut Handover<Giving>,
     patience: &Patience,
 ) -> Result<Giving, Error> {
-    let limit = patience.greeting;
+    let (limit, nobody) = (patience.greeting, &Cancel::new());
     match to {
         Address::Tcp { host, port } => {
-            ask(handover, || connect_tcp((host.clone(), *port), limit), patience)
+            ask(handover, || connect_tcp((host.clone(), *port), limit, nobody), patience)
         }
-        Address::Unix(path) => ask(handover, || connect_unix(path, limit), patience),
+        Address::Unix(path) => ask(handover, || connect_unix(path, limit, nobody), patience),
     }
 }
 
@@ -399,7 +403,7 @@ mod tests {
         let path = dir.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         rustix::net::listen(&listener, 0).unwrap();
-        let _queued = connect_unix(&path, Duration::from_secs(30)).unwrap();
+        let _queued = connect_unix(&path, Duration::from_secs(30), &Cancel::new()).unwrap();
         let record = Box::new(NoRecord);
         let mut handover = Handover::gave(Token::random().unwrap(), Giving::Asked, record);
         let patience = Patience { greeting: Duration::from_millis(100), ..Patience::default() };

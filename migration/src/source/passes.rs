@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::Source;
 use crate::error::Error;
 use crate::guest::Departing;
+use crate::patience::Cancel;
 use crate::plan::Phase;
 use crate::policy::{Decision, Outcome, Seen, Shares};
 use crate::progress::{Progress, Stage, Watch};
@@ -14,7 +15,7 @@ use crate::ram::send::Pass;
 use crate::ram::{self, PAGE, PageBitmap};
 use crate::wire::{Channel, Message, Pace, Stream};
 
-impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, C> {
+impl<G: Departing, S: Stream, C: FnMut(&Cancel) -> io::Result<S>> Source<'_, '_, G, S, C> {
     /// All memory, then again what was written meanwhile, until little is left: gives that.
     pub(super) fn precopy(&mut self, peer: &mut Channel<S>) -> Result<PageBitmap, Error> {
         peer.now("while it was sent memory");

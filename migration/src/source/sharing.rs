@@ -9,13 +9,14 @@ use std::io;
 use super::Source;
 use crate::error::Error;
 use crate::guest::Departing;
+use crate::patience::Cancel;
 use crate::plan::Phase;
 use crate::policy::Outcome;
 use crate::progress::Stage;
 use crate::ram::shared;
 use crate::wire::{Channel, Message, PeerError, Stream};
 
-impl<G: Departing, S: Stream, C: FnMut() -> io::Result<S>> Source<'_, '_, G, S, C> {
+impl<G: Departing, S: Stream, C: FnMut(&Cancel) -> io::Result<S>> Source<'_, '_, G, S, C> {
     /// SHARE, answered by PASS; then the files that are the memory.
     pub(super) fn share(&mut self, peer: &mut Channel<S>) -> Result<(), Error> {
         if !peer.is_local() {

@@ -104,7 +104,7 @@ fn try_all(
         arrived
     });
     let watch = Watch { progress: &mut |_| {}, cancel, record: here };
-    let sent = send(&mut guest, || network.connect(), options, watch);
+    let sent = send(&mut guest, |_| network.connect(), options, watch);
     let destination = destination.unwrap();
     // Where nothing came of it, the destination waits for another connection.
     for _ in 0..30 {
@@ -288,7 +288,7 @@ fn a_guest_that_was_slowed_down_runs_freely_after_a_failure() {
         }
     };
     let watch = Watch { progress, cancel, record: Box::new(NoRecord) };
-    let sent = send(&mut guest, || network.connect(), &options, watch);
+    let sent = send(&mut guest, |_| network.connect(), &options, watch);
     done.cancel();
     destination.unwrap().join().unwrap();
     let failure = sent.unwrap_err();

@@ -27,7 +27,7 @@ fn met(act: impl FnOnce(UnixStream) + Send + 'static) -> String {
     let mut guest = FakeGuest::new(&world, Fault::None);
     let mut act = Some(act);
     let mut peer = None;
-    let connect = || {
+    let connect = |_: &Cancel| {
         let (ours, theirs) = UnixStream::pair()?;
         let act = act.take().ok_or(std::io::ErrorKind::ConnectionRefused)?;
         peer = Some(thread::Builder::new().spawn(move || act(theirs))?);
@@ -165,7 +165,7 @@ fn ready_for_another_migration_is_not_ready() {
 fn nobody_there_is_an_error_that_says_what_to_check() {
     let world = Arc::<World>::default();
     let mut guest = FakeGuest::new(&world, Fault::None);
-    let connect = || Err::<UnixStream, _>(std::io::ErrorKind::ConnectionRefused.into());
+    let connect = |_: &Cancel| Err::<UnixStream, _>(std::io::ErrorKind::ConnectionRefused.into());
     let watch = Watch { progress: &mut |_| {}, cancel: Cancel::new(), record: Box::new(NoRecord) };
     let failure = send(&mut guest, connect, &options(), watch).err().unwrap();
     assert!(matches!(failure.error, Error::Connect(_)));

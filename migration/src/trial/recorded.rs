@@ -122,7 +122,7 @@ fn stream(version: u16) -> Vec<u8> {
     let destination = thread::Builder::new()
         .spawn(move || watched(|watch| receive(&mut host, door, &Patience::default(), watch)));
     let mut said = None;
-    let connect = || {
+    let connect = |_: &Cancel| {
         let stream = Disguised::new(network.visit(), [versions; 2]);
         said = Some(stream.said());
         Ok(stream)

@@ -78,7 +78,7 @@ fn beside<T>(mut host: FakeHost, act: impl FnOnce(&Path) -> T) -> (T, Arrival) {
 
 fn moved(guest: &mut FakeGuest, host: FakeHost) -> (Result<Report, Box<Failure>>, Arrival) {
     beside(host, |path| {
-        let connect = || UnixStream::connect(path);
+        let connect = |_: &Cancel| UnixStream::connect(path);
         watch(Cancel::new(), |watch| send(guest, connect, &shared(), watch))
     })
 }
@@ -188,7 +188,7 @@ fn memory_in_several_files_is_passed_only_to_those_who_take_them() {
         let mut guest = guest(&world, Fault::None, SEALED);
         let (sent, arrived) = beside(host(&world, Fault::None), |path| {
             let older = [(VERSIONS.0, version); 2];
-            let connect = || Ok(Disguised::new(UnixStream::connect(path)?, older));
+            let connect = |_: &Cancel| Ok(Disguised::new(UnixStream::connect(path)?, older));
             watch(Cancel::new(), |watch| send(&mut guest, connect, &shared(), watch))
         });
         assert_eq!(arrived.is_ok(), arrives);
@@ -210,7 +210,7 @@ fn a_destination_that_takes_no_memory_is_told_of_with_what_to_do() {
     });
     let world = Arc::default();
     let mut guest = guest(&world, Fault::None, SEALED);
-    let connect = || UnixStream::connect(&path);
+    let connect = |_: &Cancel| UnixStream::connect(&path);
     let sent = watch(Cancel::new(), |watch| send(&mut guest, connect, &shared(), watch));
     let error = one_line(&*sent.unwrap_err());
     assert!(error.contains("migrate without shared memory"), "{error}");

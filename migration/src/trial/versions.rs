@@ -42,7 +42,7 @@ fn moved_to(fault: Fault, hear: [(u16, u16); 2], options: &Options) -> Result<Re
         let (progress, cancel) = (&mut |_: &Progress| {}, waits);
         receive(&mut host, door, &patience, Watch { progress, cancel, record: Box::new(NoRecord) })
     });
-    let connect = || Ok(Disguised::new(network.visit(), hear));
+    let connect = |_: &Cancel| Ok(Disguised::new(network.visit(), hear));
     let mut begun = false;
     let progress = &mut |now: &Progress| begun |= now.stage != Stage::Preparing;
     let watch = Watch { progress, cancel: Cancel::new(), record: Box::new(NoRecord) };

@@ -15,6 +15,7 @@ use crate::answering::{Answering, Seat};
 use crate::compat::{Offer, Profile, Rule};
 use crate::destination::receive;
 use crate::error::one_line;
+use crate::guest::Departing;
 use crate::handover::{Handover, TakingEvent, Token, Verdict};
 use crate::patience::{Cancel, Patience};
 use crate::policy::MOST_ROUNDS;
@@ -22,6 +23,7 @@ use crate::progress::{Progress, Watch};
 use crate::ram::{PAGE, Run, layout};
 use crate::record::NoRecord;
 use crate::source::{Options, send};
+use crate::state::{STATE_LIMIT, StateWriter};
 use crate::wire::{Channel, Frame, Hello, Message, PeerError, Totals};
 
 /// What a destination says that meets each of `acts` in turn, and then is told to stop.
@@ -182,6 +184,40 @@ fn a_state_that_drips_is_not_waited_for_for_ever() {
     assert!(error.contains("was not done with the state after "), "{error}");
 }
 
+#[test]
+fn a_source_that_drips_when_the_guest_runs_holds_nobody_up() {
+    const DRIPS: Duration = Duration::from_secs(40);
+    let world = Arc::<World>::default();
+    let mut state = StateWriter::new();
+    FakeGuest::new(&Arc::default(), Fault::None).save(&mut state).unwrap();
+    let mut host = FakeHost { world: world.clone(), fault: Fault::None, low_pages: LOW_PAGES };
+    let (network, door) = Network::new(Limits::NONE, None);
+    let visitor = thread::Builder::new().spawn(move || {
+        let stream = network.visit();
+        let mut raw = stream.try_clone().unwrap();
+        let (mut peer, token) = source(stream);
+        peer.send_zero(run(0, LOW_PAGES)).unwrap();
+        peer.send_zero(Run { start: GuestAddress(1 << 32), len: 4 * PAGE }).unwrap();
+        peer.send_state(state.bytes()).unwrap();
+        peer.send(&Message::End(peer.totals())).unwrap();
+        assert_eq!(peer.receive_message(DRIPS).unwrap(), Message::Ready(token));
+        peer.send(&Message::Commit(token)).unwrap();
+        assert_eq!(peer.receive_message(DRIPS).unwrap(), Message::Running(token));
+        raw.write_all(&Frame::State { len: STATE_LIMIT }.encode()).unwrap();
+        let start = Instant::now();
+        while raw.write_all(&[0]).is_ok() && start.elapsed() < DRIPS {
+            thread::sleep(Duration::from_millis(30));
+        }
+    });
+    let (progress, cancel) = (&mut |_: &Progress| {}, Cancel::new());
+    let watch = Watch { progress, cancel, record: Box::new(NoRecord) };
+    let start = Instant::now();
+    drop(receive(&mut host, door, &patience(), watch).unwrap());
+    assert!(start.elapsed() < DRIPS / 2);
+    assert!(world.runners().1);
+    visitor.unwrap().join().unwrap();
+}
+
 /// What a destination says that is told to stop while it meets someone who goes on with `act` for
 /// as long as it is not hung up on.
 fn stopped_at(act: fn(&mut Channel<UnixStream>) -> Result<(), PeerError>) -> String {
@@ -301,7 +337,7 @@ fn strangers_who_say_nothing_keep_no_guest_from_coming() {
         let watch = Watch { progress, cancel: Cancel::new(), record: Box::new(NoRecord) };
         receive(&mut host, door, &waits, watch).map(drop)
     });
-    let connect = || {
+    let connect = |_: &Cancel| {
         idle.extend(strangers(&network, 4));
         network.connect()
     };

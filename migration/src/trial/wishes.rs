@@ -1,5 +1,7 @@
 //! Those who wish to stop a migration, on either side.
 
+use std::io::ErrorKind;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,7 +53,7 @@ fn stopped(
         }
     };
     let watch = Watch { progress, cancel, record: Box::new(NoRecord) };
-    let here = send(&mut guest, || network.connect(), options, watch).err().unwrap();
+    let here = send(&mut guest, |_| network.connect(), options, watch).err().unwrap();
     there.cancel(); // it may wait for another guest
     let there = destination.unwrap().join().unwrap();
     Stopped { world, guest, here, there }
@@ -69,6 +71,22 @@ fn a_migration_can_be_cancelled_at_every_stage() {
         let told = one_line(&*stopped.there);
         assert!(told.ends_with("cancelled"), "{stage:?}: {told}");
     }
+}
+
+#[test]
+fn a_migration_can_be_cancelled_while_nobody_answers() {
+    let world = Arc::<World>::default();
+    let (mut guest, cancel) = (FakeGuest::new(&world, Fault::None), Cancel::new());
+    let connect = |heeded: &Cancel| {
+        cancel.cancel();
+        assert!(heeded.is_cancelled());
+        Err::<UnixStream, _>(ErrorKind::Other.into())
+    };
+    let progress = &mut |_: &Progress| {};
+    let watch = Watch { progress, cancel: cancel.clone(), record: Box::new(NoRecord) };
+    let here = send(&mut guest, connect, &options(), watch).err().unwrap();
+    assert_eq!(here.report.status, Status::Cancelled);
+    assert_eq!(world.runners(), (true, false));
 }
 
 #[test]

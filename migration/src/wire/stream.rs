@@ -161,7 +161,7 @@ mod tests {
     fn two_sides_greet_each_other_over_tcp() {
         let listener = listen_tcp("127.0.0.1:0").unwrap();
         assert!(Listener::accept(&listener, Duration::from_millis(1)).unwrap().is_none());
-        let stream = connect_tcp(listener.local_addr().unwrap(), SECOND).unwrap();
+        let stream = connect_tcp(listener.local_addr().unwrap(), SECOND, &Cancel::new()).unwrap();
         assert!(stream.nodelay().unwrap());
         let arrived = Listener::accept(&listener, SECOND).unwrap().unwrap();
         let there = std::thread::Builder::new()

@@ -109,7 +109,8 @@ fn named(said: &[u8]) -> bool {
 pub(crate) fn give_to(data: &[u8], each: Duration) -> bool {
     let all: Vec<_> = connections(data).iter().flat_map(|said| decoded(said)).collect();
     let mut scripts = Script::all(data, &Arc::default());
-    let connect = || scripts.pop_front().ok_or_else(|| io::ErrorKind::ConnectionRefused.into());
+    let connect =
+        |_: &Cancel| scripts.pop_front().ok_or_else(|| io::ErrorKind::ConnectionRefused.into());
     let options = Options {
         patience: patience(each),
         streams: if all.contains(&Message::Joined) { 2 } else { 1 },

@@ -15,11 +15,12 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use migration::patience::Cancel;
 use migration::wire::connect_unix;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
@@ -157,15 +158,16 @@ fn stdio_ends() -> io::Result<(Port, Target)> {
     Ok((Port::Stream { source, terminal }, output))
 }
 
-/// Someone who listens need not be waited for.
-const AT_ONCE: Duration = Duration::ZERO;
+/// Connects to someone who listens at `path`, who need not be waited for.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    connect_unix(path, Duration::ZERO, &Cancel::new())
+}
 
 /// Listens at `path`, in the place of a socket that nobody listens on any more.
 fn listen(path: &Path) -> Result<UnixListener, ConsoleError> {
     let failed = |source| ConsoleError::Socket { path: path.to_owned(), source };
     let bound = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => match connect_unix(path, AT_ONCE)
-        {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => match connect(path) {
             Ok(_) => return Err(ConsoleError::SocketInUse { path: path.to_owned() }),
             // Of all the files that may be there, only a dead socket refuses like this.
             Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {

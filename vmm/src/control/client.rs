@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use migration::patience::Cancel;
 use migration::wire::connect_unix;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use thiserror::Error;
@@ -132,7 +133,7 @@ impl Client {
             None => only_one(dir)?,
         };
         let path = dir.socket(&name);
-        match connect_unix(&path, PATIENCE) {
+        match connect_unix(&path, PATIENCE, &Cancel::new()) {
             Ok(stream) => Ok(Client { name, stream, received: Vec::new() }),
             Err(e) if e.kind() == io::ErrorKind::TimedOut => Err(ClientError::Silent { name }),
             Err(source) => Err(ClientError::Connect { name, path, source }),
