@@ -21,8 +21,9 @@ use crate::vm::{Vm, text};
 /// The guest's own address in the lab.
 pub const GUEST_IP: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 2);
 
-/// What tells a guest, or a host, that its network does not work.
-const WHY: &str = "dmesg | tail -n 20; cat /proc/interrupts /proc/net/dev";
+/// What tells why the network of a guest, or of a host, does not work.
+const WHY: &str = "dmesg | tail -n 20; grep -E 'CPU|eth|vfio|virtio' /proc/interrupts; \
+                   cat /proc/net/dev";
 
 /// Loads the guest driver, for [`Vm::joins_network_after`].
 pub const GUEST_DRIVER: &str = "insmod /modules/uvmm_bridge.ko &&";

@@ -12,11 +12,12 @@ use tests::inside_lab;
 use tests::network::GUEST_IP;
 use tests::vm::{SHORT, Uvmm, Vm, text};
 
-/// What comes and goes, each in a slot of its own.
-const FUNCTIONS: [(&str, u8); 4] = [("VF0", 1), ("VF1", 2), ("VF2", 3), ("VF3", 4)];
+/// What comes and goes, each in a slot of its own, and of a card of its own: an emulated card that
+/// resets one of its functions has been seen to deliver nothing to another.
+const FUNCTIONS: [(&str, u8); 2] = [("VF0", 1), ("VF1", 2)];
 /// How often each does, twenty times in all. Linux alone thinks for ten seconds each time, so that
 /// they do it beside each other.
-const CYCLES: usize = 5;
+const CYCLES: usize = 10;
 /// Bytes that each carries both ways when it has just come.
 const BULK: usize = 2 << 20;
 
