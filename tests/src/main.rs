@@ -111,7 +111,7 @@ fn run(command: Command) -> anyhow::Result<u8> {
 }
 
 /// How long the demo, or a measurement, has nothing to say at most.
-const SILENCE: Duration = Duration::from_secs(10 * 60);
+const SILENCE: Duration = Duration::from_secs(15 * 60);
 
 /// Runs another command of this program inside a lab host.
 fn in_lab(arguments: &[&str]) -> anyhow::Result<u8> {

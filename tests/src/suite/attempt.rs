@@ -15,7 +15,7 @@ use crate::program;
 use crate::tier::SKIPPED;
 
 /// No test takes so long, unless the lab host stands still.
-pub(super) const LIMIT: Duration = Duration::from_secs(10 * 60);
+pub(super) const LIMIT: Duration = Duration::from_secs(15 * 60);
 
 /// The names of the tests of `program` that contain `filter`, without those that are ignored.
 ///
